@@ -1,0 +1,200 @@
+"""The server extension: traits in, one registry out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jupyter_core.paths import jupyter_data_dir
+from jupyter_server._tz import utcnow
+from jupyter_server.extension.application import ExtensionApp
+from jupyter_server.utils import url_path_join
+from traitlets import Dict, Int, List, Unicode, default
+
+from jupyter_server_ext.handlers import ROUTES
+from llmkit.errors import LLMKitError, NotReady
+from llmkit.registry.registry import Event, ModelRegistry, Settings
+
+EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
+MODEL_EVENT = "https://llmkit.org/events/model/v1"
+DEFAULT_PORT = 8105
+
+
+class LLMKitApp(ExtensionApp):
+    """Puts the ``/llm`` endpoints into a Jupyter server."""
+
+    name = "llmkit"
+    description = "A Jupyter server with llmkit alone: configure, load, prompt and unload language models."
+    load_other_extensions = False
+    serverapp_config: dict[str, Any] = {  # noqa: RUF012  # Jupyter reads it from the class
+        "port": DEFAULT_PORT,
+        "ip": "127.0.0.1",
+        "open_browser": False,
+    }
+
+    state_dir = Unicode(
+        help="Folder of configurations and keys. Default: LLMKIT_STATE_DIR, else llmkit in Jupyter's data folder."
+    ).tag(config=True)
+    run_dir = Unicode(
+        help="Folder of what belongs to this host: sockets, logs, records of engines; keep it short. "
+        "Default: LLMKIT_RUN_DIR, else llmkit-UID in the temporary folder. Every server makes its own folder in it."
+    ).tag(config=True)
+    secret_origins = Dict(
+        key_trait=Unicode(),
+        value_trait=List(Unicode()),
+        help="Which environment variables may be sent to which endpoint, for example "
+        "{'OPENAI_API_KEY': ['https://api.openai.com:443']}. If it is set, nothing else may be named; "
+        "if not, any variable that ends in _API_KEY or _TOKEN.",
+    ).tag(config=True)
+    max_in_flight = Int(
+        64, min=1, help="Requests of one model that run at once, where its configuration does not say."
+    ).tag(config=True)
+    max_queued = Int(
+        256, min=0, help="Requests of one model that wait at most, where its configuration does not say."
+    ).tag(config=True)
+    configurations = List(
+        Dict(),
+        help="Configurations that this server always has, as bodies of POST /llm/configure_model/. "
+        "They are read-only; keys are named as env:NAME.",
+    ).tag(config=True)
+
+    @default("state_dir")
+    def _default_state_dir(self) -> str:
+        return os.environ.get("LLMKIT_STATE_DIR") or str(Path(jupyter_data_dir()) / "llmkit")
+
+    @default("run_dir")
+    def _default_run_dir(self) -> str:
+        # Not under TMPDIR, which can be long: the path of a unix socket ends at 107 bytes.
+        base = Path("/tmp") if os.name == "posix" else Path(tempfile.gettempdir())  # noqa: S108
+        user = os.getuid() if hasattr(os, "getuid") else os.getlogin()
+        return os.environ.get("LLMKIT_RUN_DIR") or str(base / f"llmkit-{user}")
+
+    # -- start and stop ------------------------------------------------------------------------------------
+
+    @property
+    def _server(self) -> Any:
+        return self.serverapp  # linked before anything of ours runs
+
+    def initialize_settings(self) -> None:
+        """Register the events; the registry starts with the event loop."""
+        self._starting: asyncio.Task[ModelRegistry] | None = None
+        self._registry: ModelRegistry | None = None
+        for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
+            self._server.event_logger.register_event_schema(schema)
+
+    def initialize_handlers(self) -> None:
+        """Add the routes."""
+        self.handlers.extend(ROUTES)
+
+    async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
+        try:
+            await self.ready()
+        except LLMKitError as error:
+            # The notebooks are served all the same; every request under /llm says what is wrong.
+            self.log.error("llmkit cannot start: %s", error)
+
+    async def ready(self) -> ModelRegistry:
+        """Give the registry, started at the first call.
+
+        Raises
+        ------
+        LLMKitError
+            If it cannot be started.
+        """
+        if self._registry is not None:
+            return self._registry
+        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
+            self._starting = asyncio.create_task(self._start_registry(), name="llmkit start")
+        return await asyncio.shield(self._starting)
+
+    async def _start_registry(self) -> ModelRegistry:
+        try:
+            run_dir = await asyncio.to_thread(make_run_dir, Path(self.run_dir))
+            settings = Settings(
+                state_dir=Path(self.state_dir),
+                run_dir=run_dir,
+                secret_origins=self.secret_origins,
+                max_in_flight=self.max_in_flight,
+                max_queued=self.max_queued,
+                configurations=self.configurations,
+            )
+            registry = ModelRegistry(settings, self._emit, self.log)
+            await registry.start()
+        except OSError as error:
+            raise NotReady(
+                f"llmkit cannot use its folders: {error.strerror}: {error.filename}.",
+                hint="Set LLMKIT_STATE_DIR and LLMKIT_RUN_DIR to folders that you can write.",
+            ) from error
+        self._registry = registry
+        return registry
+
+    async def stop_extension(self) -> None:
+        """End every engine. May be called twice; raises nothing."""
+        starting = getattr(self, "_starting", None)
+        if starting is None:
+            return
+        await asyncio.wait([starting])
+        if not starting.cancelled() and starting.exception() is None:
+            try:
+                await starting.result().close()
+            except Exception:
+                # A server that cannot stop is worse than an engine that its guardian ends.
+                self.log.exception("llmkit did not stop as it should.")
+
+    def current_activity(self) -> int | None:
+        """Count loads and requests under way, so that a working server is not culled."""
+        return (self._registry.busy() or None) if self._registry is not None else None
+
+    def _emit(self, event: Event) -> None:
+        self._server.web_app.settings["api_last_activity"] = utcnow()
+        data = {**event, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        self._server.event_logger.emit(schema_id=MODEL_EVENT, data=data)
+
+    # -- jupyter llmkit ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Say how to reach the server, then run it."""
+        server = self._server
+        scheme = "https" if server.certfile else "http"
+        url = f"{scheme}://{server.ip or 'localhost'}:{server.port}{url_path_join(server.base_url, 'llm/models/')}"
+        provider = server.identity_provider
+        if not provider.token:
+            header = ""
+        elif provider.token_generated:
+            header = f"-H 'Authorization: token {provider.token}' "
+        else:
+            header = '-H "Authorization: token $JUPYTER_TOKEN" '  # the operator's own is not repeated
+        print(
+            f"\nllmkit serves {server.base_url}llm on port {server.port}. Try:\n\n    curl {header}{url}\n",
+            flush=True,
+        )
+        super().start()  # type: ignore[no-untyped-call]
+
+
+def make_run_dir(base: Path) -> Path:
+    """Make the folder of this server, which only its user can enter; blocks.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made.
+    LLMKitError
+        If somebody else made the folder that it should lie in.
+    """
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        found = base.lstat()
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+            raise NotReady(f"{base} belongs to another user.", hint="Set LLMKIT_RUN_DIR to a short path of your own.")
+        base.chmod(0o700)
+    mine = base / f"{os.getpid()}-{os.urandom(3).hex()}"
+    mine.mkdir(mode=0o700)
+    return mine
+
+
+main = LLMKitApp.launch_instance

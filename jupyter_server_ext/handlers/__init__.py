@@ -1,0 +1,39 @@
+"""The routes, relative to the server's base URL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jupyter_server_ext.handlers.base import UnknownPathHandler
+from jupyter_server_ext.handlers.configurations import (
+    ConfigurationHandler,
+    ConfigurationsHandler,
+    ConfigureModelHandler,
+    ModelTypesHandler,
+)
+from jupyter_server_ext.handlers.inference import InferenceHandler, RequestHandler
+from jupyter_server_ext.handlers.models import (
+    LoadedModelsHandler,
+    LoadModelHandler,
+    ModelHandler,
+    ModelsHandler,
+    UnloadModelHandler,
+)
+from jupyter_server_ext.handlers.observability import HealthHandler
+
+# Every path works with and without its trailing slash; what is not here is a JSON 404, never a redirect.
+ROUTES: list[tuple[str, type[Any]]] = [
+    (r"/llm/configure_model/?", ConfigureModelHandler),
+    (r"/llm/configurations/?", ConfigurationsHandler),
+    (r"/llm/configuration/([^/]+)/?", ConfigurationHandler),
+    (r"/llm/load_model/([^/]+)/?", LoadModelHandler),
+    (r"/llm/unload_model/([^/]+)/?", UnloadModelHandler),
+    (r"/llm/loaded_models/?", LoadedModelsHandler),
+    (r"/llm/inference/?", InferenceHandler),
+    (r"/llm/inference/([^/]+)/?", RequestHandler),
+    (r"/llm/model_types/?", ModelTypesHandler),
+    (r"/llm/models/?", ModelsHandler),
+    (r"/llm/models/([^/]+)/?", ModelHandler),
+    (r"/llm/health/?", HealthHandler),
+    (r"/llm(?:/.*)?", UnknownPathHandler),
+]

@@ -1,0 +1,216 @@
+"""What every handler shares: who is asking, the body, and errors as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from http import HTTPStatus
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from jupyter_server.auth.decorator import authorized
+from jupyter_server.base.handlers import APIHandler
+from jupyter_server.extension.handler import ExtensionHandlerMixin
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json, to_json
+from tornado import web
+
+from llmkit import errors
+from llmkit.engines.base import does_not_fit, validation_details
+from llmkit.errors import LLMKitError
+from llmkit.registry.registry import ModelRegistry
+from llmkit.schemas import MAX_CONFIGURATION_BYTES
+
+RESOURCE = "llm"
+MAX_DEPTH = 64
+PARSE_IN_THREAD_BYTES = 256 << 10
+M = TypeVar("M", bound=BaseModel)
+
+
+@runtime_checkable
+class RegistryOwner(Protocol):
+    """What handlers ask of the app."""
+
+    async def ready(self) -> ModelRegistry:
+        """Give the registry, once it is ready."""
+        ...
+
+
+@web.stream_request_body
+class LLMHandler(ExtensionHandlerMixin, APIHandler):
+    """Base of all handlers under ``/llm``.
+
+    The body is taken as a stream, so that who is not allowed in, or sends too much, fills no memory.
+    """
+
+    max_body_bytes = MAX_CONFIGURATION_BYTES
+
+    async def prepare(self) -> None:  # type: ignore[override]  # as in Jupyter's own API handlers
+        """Let in who may, before the body is read."""
+        self._body: list[bytes] | None = None
+        self._body_bytes = 0
+        await super().prepare()
+        self._body = []
+
+    def data_received(self, chunk: bytes) -> None:
+        """Keep a part of the body, as long as it is wanted."""
+        self._body_bytes += len(chunk)
+        if self._body_bytes > self.max_body_bytes:
+            self._body = None
+        elif self._body is not None:
+            self._body.append(chunk)
+
+    async def registry(self) -> ModelRegistry:
+        """Give the registry, once it is ready."""
+        app = self.extensionapp
+        assert isinstance(app, RegistryOwner)  # noqa: S101  # LLMKitApp, which imports this module
+        return await app.ready()
+
+    # -- the request ---------------------------------------------------------------------------------------
+
+    async def read_body(self, model: type[M]) -> M:
+        """Read the body as strict JSON and check it.
+
+        Raises
+        ------
+        TooLarge, MalformedRequest, DoesNotFit
+        """
+        if self._body is None:
+            raise errors.TooLarge(
+                f"The body is larger than {self.max_body_bytes} bytes.",
+                hint="Send less; this endpoint takes no more.",
+            )
+        body = b"".join(self._body)
+        # A large prompt takes the parser longer than the event loop may stand still.
+        parsed = await asyncio.to_thread(_parse, body) if len(body) > PARSE_IN_THREAD_BYTES else _parse(body)
+        try:
+            return model.model_validate(parsed)
+        except ValidationError as error:
+            raise does_not_fit(validation_details(error, model)) from None
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """Read a query parameter that is true or false."""
+        text = self.get_query_argument(name, None)
+        if text is None:
+            return default
+        if text.lower() in ("true", "1"):
+            return True
+        if text.lower() in ("false", "0"):
+            return False
+        raise errors.MalformedRequest(f"`{name}` must be true or false.", param=name)
+
+    def seconds(self, name: str, *, default: float, most: float) -> float:
+        """Read a query parameter that is a duration in seconds."""
+        text = self.get_query_argument(name, None)
+        if text is None:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:
+            raise errors.MalformedRequest(f"`{name}` must be a number of seconds from 0 to {most:g}.", param=name)
+        return value
+
+    # -- the answer ----------------------------------------------------------------------------------------
+
+    def answer(self, value: Any, status: int = HTTPStatus.OK) -> None:
+        """Finish with JSON."""
+        self.set_status(status)
+        self.finish(to_json(value))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Turn any exception into the one form that errors have."""
+        raised = kwargs.get("exc_info", (None, None, None))[1]
+        error = raised if isinstance(raised, LLMKitError) else self._explain(status_code, raised)
+        self.set_status(error.status)
+        if error.status == HTTPStatus.TOO_MANY_REQUESTS:
+            self.set_header("Retry-After", "1")
+        self.finish(to_json(error.to_wire()))
+
+    def _explain(self, status: int, raised: BaseException | None) -> LLMKitError:
+        said = (raised.log_message or "") if isinstance(raised, web.HTTPError) else ""
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            if self.current_user and "_xsrf" not in said:
+                return errors.NotAllowed(
+                    said or "You may not do this.", hint="The operator of the server decides what you may do."
+                )
+            return errors.NotAllowed(
+                "Not authenticated."
+                if not self.current_user
+                else "A browser's cookie alone is not enough to change something: the XSRF token is missing.",
+                hint="Send the server's token: `Authorization: token TOKEN` (`jupyter server list` shows it). "
+                "A server without authentication needs both --IdentityProvider.token='' and "
+                "--ServerApp.disable_check_xsrf=True.",
+            )
+        if status == HTTPStatus.NOT_FOUND:
+            return errors.NotFound("There is nothing here.", hint="The README lists the endpoints.")
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            return errors.MethodNotAllowed(f"{self.request.method} is not possible here.")
+        if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            return errors.MalformedRequest("The request could not be read.")
+        return LLMKitError("The server failed on this request.", hint="The server's log says more.")
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """Log what nobody expected; what was expected is the client's to read."""
+        if not isinstance(value, LLMKitError | web.HTTPError):
+            # Without the value: an exception's words can hold a part of the request.
+            self.log.error("%s %s failed", self.request.method, self.request.path[:200], exc_info=(typ, None, tb))
+
+
+class UnknownPathHandler(LLMHandler):
+    """Answers 404 to every path under ``/llm`` that no other handler has."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    def get(self) -> None:
+        """Answer 404."""
+        raise errors.NotFound(f"There is no {self.request.path[:200]!r}.", hint="The README lists the endpoints.")
+
+    # The one exception to a decorated method a handler: the same class, action and resource.
+    post = put = delete = patch = get
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        # Refuses what Python's own parser lets through: NaN, Infinity, lone surrogates, wrong UTF-8.
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise errors.MalformedRequest(
+            f"The body is not strict JSON: {error}.", hint="Send UTF-8 JSON without NaN or Infinity."
+        ) from None
+    if not isinstance(value, dict):
+        raise errors.MalformedRequest("The body must be a JSON object.", hint='For example {"model_id": "demo", ...}.')
+    if _deeper_than(value, MAX_DEPTH):
+        raise errors.MalformedRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
+    return value
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+async def until_gone(work: Awaitable[None], gone: asyncio.Event) -> None:
+    """Do work for a client until it is done or the client has left."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(gone.wait())
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()

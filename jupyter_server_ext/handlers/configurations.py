@@ -1,0 +1,78 @@
+"""Configurations: make, list, get, replace, delete; and what can be configured."""
+
+from __future__ import annotations
+
+from jupyter_server.auth.decorator import authorized
+from tornado import web
+
+from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
+from llmkit.schemas import ModelConfigRequest
+
+
+class ConfigureModelHandler(LLMHandler):
+    """``POST /llm/configure_model/``."""
+
+    @web.authenticated
+    @authorized("write", resource=RESOURCE)
+    async def post(self) -> None:
+        """Store a new configuration and answer its ``config_id``."""
+        registry = await self.registry()
+        configuration = await registry.configure(await self.read_body(ModelConfigRequest))
+        self.answer({"config_id": configuration.config_id})
+
+
+class ConfigurationsHandler(LLMHandler):
+    """``GET /llm/configurations/``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """List every configuration."""
+        registry = await self.registry()
+        self.answer([configuration.to_wire() for configuration in registry.configurations()])
+
+
+class ConfigurationHandler(LLMHandler):
+    """``/llm/configuration/{config_id}``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self, config_id: str) -> None:
+        """Answer one configuration."""
+        registry = await self.registry()
+        self.answer(registry.configuration(config_id).to_wire())
+
+    @web.authenticated
+    @authorized("write", resource=RESOURCE)
+    async def put(self, config_id: str) -> None:
+        """Replace a configuration and answer it."""
+        registry = await self.registry()
+        registry.configuration(config_id)  # 404 before a complaint about the body
+        body = await self.read_body(ModelConfigRequest)
+        reload = self.flag("reload", default=False)
+        self.answer((await registry.update(config_id, body, reload=reload)).to_wire())
+
+    @web.authenticated
+    @authorized("write", resource=RESOURCE)
+    async def delete(self, config_id: str) -> None:
+        """Delete a configuration and its key."""
+        registry = await self.registry()
+        await registry.delete(config_id, unload=self.flag("unload", default=False))
+        self.answer({"detail": "Configuration deleted successfully"})
+
+
+class ModelTypesHandler(LLMHandler):
+    """``GET /llm/model_types/``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Describe every model type."""
+        registry = await self.registry()
+        self.answer({"model_types": registry.model_types()})

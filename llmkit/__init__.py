@@ -1,0 +1,40 @@
+"""llmkit: large language models in Jupyter, one registry for the server, its kernels and every client.
+
+Examples
+--------
+>>> import llmkit
+>>> client = llmkit.connect()            # doctest: +SKIP
+>>> llmkit.panel()                       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmkit._version import __version__
+
+if TYPE_CHECKING:
+    from llmkit.client import Client, connect
+    from llmkit.errors import LLMKitError
+    from llmkit.panel import panel
+
+__all__ = ["Client", "LLMKitError", "__version__", "connect", "panel"]
+
+_HOMES = {
+    "Client": "llmkit.client",
+    "LLMKitError": "llmkit.errors",
+    "connect": "llmkit.client",
+    "panel": "llmkit.panel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: `import llmkit` in the server or a script costs next to nothing.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Model types: what runs a model."""

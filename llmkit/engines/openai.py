@@ -1,0 +1,209 @@
+"""Models behind any OpenAI-compatible endpoint.
+
+To load one is to find out that it can be used: the endpoint answers, takes the key and knows the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from pydantic import Field, JsonValue, StringConstraints
+
+from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
+from llmkit.engines.http import EngineHTTP, origin_of
+from llmkit.errors import LLMKitError, ModelNameNotFound
+from llmkit.schemas import Capabilities, Configuration, Memory, Strict
+
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
+DEFAULT_TIMEOUT_SECONDS = 600.0
+_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+_HeaderText = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$")]
+
+
+class SecretMark(Strict):
+    """What stands for a raw key wherever it can be seen."""
+
+    secret: Literal[True]
+    set_at: str
+
+
+class OpenAIArguments(Strict):
+    """Engine arguments of an ``openai`` model."""
+
+    base_url: (
+        Annotated[
+            str,
+            StringConstraints(max_length=2048),
+            Field(
+                description="The address, usually ending in /v1. Default: OPENAI_BASE_URL of the server, or OpenAI.",
+                json_schema_extra={"group": "essential"},
+            ),
+        ]
+        | None
+    ) = None
+    api_key: (
+        Annotated[
+            # Printable ASCII only: anything else could not stand in a header.
+            Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,4096}$")] | SecretMark,
+            Field(
+                description="env:NAME names a variable of the server; anything else is a key, kept by the server.",
+                json_schema_extra={"group": "essential", "secret": True},
+            ),
+        ]
+        | None
+    ) = None
+    api: (
+        Annotated[
+            Literal["auto", "chat", "completions"],
+            Field(description="The API that prompts go to; auto is chat.", json_schema_extra={"group": "other"}),
+        ]
+        | None
+    ) = None
+    organization: (
+        Annotated[_HeaderText, Field(description="OpenAI organization.", json_schema_extra={"group": "other"})] | None
+    ) = None
+    project: (
+        Annotated[_HeaderText, Field(description="OpenAI project.", json_schema_extra={"group": "other"})] | None
+    ) = None
+    timeout: (
+        Annotated[
+            float,
+            Field(
+                gt=0,
+                le=86400,
+                strict=False,
+                description="Seconds without a sign of life before a request is given up.",
+                json_schema_extra={"group": "other"},
+            ),
+        ]
+        | None
+    ) = None
+
+
+class OpenAIEngineType:
+    """The model type ``openai``."""
+
+    name = "openai"
+    summary = "A model behind an OpenAI-compatible endpoint"
+    arguments = OpenAIArguments
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._environ = environ
+
+    def unavailable(self) -> LLMKitError | None:
+        """Say why no model of this type can be loaded here: there is never a reason."""
+        return None
+
+    @property
+    def default_base_url(self) -> str:
+        """The address of a configuration without ``base_url``."""
+        return self._environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+
+    def check(self, configuration: Configuration) -> None:
+        """Raise `DoesNotFit` if ``base_url`` cannot be called."""
+        try:
+            self.origin(configuration)
+        except ValueError as error:
+            detail = {"path": "model_kwargs.base_url", "message": str(error)}
+            raise does_not_fit([detail], hint="For example https://api.openai.com/v1.") from None
+
+    def origin(self, configuration: Configuration) -> str:
+        """Give the only place that this configuration's key goes to."""
+        return origin_of(self._base_url(configuration))
+
+    def default_origin(self) -> str:
+        """Give the only place that the server's ``OPENAI_API_KEY`` goes to without being named."""
+        return origin_of(self.default_base_url)
+
+    def create(self, configuration: Configuration, context: EngineContext) -> OpenAIEngine:
+        """Make the engine of one load."""
+        arguments = sort_kwargs(self, configuration.model_kwargs).engine
+        headers = {
+            header: arguments[name]
+            for name, header in (("organization", "OpenAI-Organization"), ("project", "OpenAI-Project"))
+            if arguments.get(name)
+        }
+        endpoint = Endpoint(
+            base_url=self._base_url(configuration),
+            model=configuration.model_name,
+            api_key=context.api_key,
+            headers=headers,
+            timeout=arguments.get("timeout") or DEFAULT_TIMEOUT_SECONDS,
+        )
+        return OpenAIEngine(endpoint, arguments)
+
+    def _base_url(self, configuration: Configuration) -> str:
+        given = sort_kwargs(self, configuration.model_kwargs).engine.get("base_url")
+        return given or self.default_base_url
+
+
+class OpenAIEngine:
+    """One remote model."""
+
+    def __init__(self, endpoint: Endpoint, arguments: dict[str, JsonValue]) -> None:
+        self.endpoint = endpoint
+        self._api = arguments.get("api")
+
+    async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
+        """Return when the endpoint has answered, taken the key and known the model.
+
+        Raises
+        ------
+        UpstreamUnreachable, UpstreamRefusedKey, UpstreamFailed, ModelNameNotFound, TimedOut
+            If it cannot be used.
+        """
+        report(LoadProgress("starting"))
+        http = EngineHTTP(self.endpoint)
+        try:
+            await self._find_model(http)
+        finally:
+            await http.close()
+        return Capabilities(api="completions" if self._api == "completions" else "chat")
+
+    async def _find_model(self, http: EngineHTTP) -> None:
+        name = self.endpoint.model
+        status, body = await http.status("/models")
+        if status in _REFUSED or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise http.refusal(status)
+        listed = _ids(body) if status == HTTPStatus.OK else []
+        if name in listed:
+            return
+        # Some endpoints list only part of what they serve, or know a model by more names than they list.
+        status, _ = await http.status(f"/models/{quote(name, safe='')}")
+        if status in _REFUSED:
+            raise http.refusal(status)
+        if status == HTTPStatus.NOT_FOUND and listed:
+            near = difflib.get_close_matches(name, listed, n=3) or listed[:5]
+            raise ModelNameNotFound(
+                f"{self.endpoint.base_url} has no model `{name}`.",
+                param="model_name",
+                hint=f"It has, for example: {', '.join(near)}.",
+            )
+
+    async def stop(self) -> Memory:
+        """Free nothing: the model runs elsewhere."""
+        return Memory(verified=True, reason="runs elsewhere")
+
+    async def wait_exit(self) -> EngineExit:
+        """Wait for ever: a remote endpoint does not end with us."""
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets this event")
+
+    async def memory(self) -> Memory:
+        """Say that nothing of it is on this machine."""
+        return Memory(reason="runs elsewhere")
+
+
+def _ids(body: Any) -> list[str]:
+    data = body.get("data") if isinstance(body, dict) else None
+    return (
+        [m["id"] for m in data if isinstance(m, dict) and isinstance(m.get("id"), str)]
+        if isinstance(data, list)
+        else []
+    )

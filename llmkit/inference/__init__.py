@@ -1,0 +1,1 @@
+"""The way of a request: admission, relay, record."""

@@ -1,0 +1,87 @@
+"""How many requests of one model run, and how many wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from llmkit.errors import LLMKitError, QueueFull
+
+
+class Admission:
+    """A bounded queue, first come first served.
+
+    Parameters
+    ----------
+    model_id
+        For the words of `QueueFull`.
+    max_in_flight, max_queued
+        Requests running and waiting at most; both may be changed at any time and hold from the next request.
+    """
+
+    def __init__(self, model_id: str, max_in_flight: int, max_queued: int) -> None:
+        self.model_id = model_id
+        self.max_in_flight = max_in_flight
+        self.max_queued = max_queued
+        self.in_flight = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def queued(self) -> int:
+        """Requests waiting now."""
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold one of the running places, after waiting for it.
+
+        Raises
+        ------
+        QueueFull
+            If too many wait already.
+        """
+        if self.in_flight < self.max_in_flight and not self._waiting:
+            self.in_flight += 1
+        else:
+            await self._wait()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self._wake()
+
+    async def _wait(self) -> None:
+        if self.queued >= self.max_queued:
+            raise QueueFull(
+                f"{self.queued} requests wait for `{self.model_id}` already; it takes no more.",
+                hint="Send it again a little later.",
+                details={"limit": self.max_queued, "queued": self.queued, "in_flight": self.in_flight},
+            )
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                # Admitted and cancelled in the same turn of the loop: hand the place on.
+                self.in_flight -= 1
+                self._wake()
+            else:
+                self._waiting.remove(place)
+            raise
+
+    def _wake(self) -> None:
+        while self._waiting and self.in_flight < self.max_in_flight:
+            place = self._waiting.popleft()
+            if not place.done():
+                self.in_flight += 1
+                place.set_result(None)
+
+    def reject_waiting(self, error: LLMKitError) -> None:
+        """End every wait with an error."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_exception(error)

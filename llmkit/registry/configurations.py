@@ -1,0 +1,269 @@
+"""What is asked for: configurations checked, stored, and parted from their raw keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import NAMESPACE_URL, uuid4, uuid5
+
+from pydantic import ValidationError
+
+from llmkit.engines.base import EngineType, SortedKwargs, does_not_fit, sort_kwargs, validation_details
+from llmkit.errors import ConfigurationExists, KeyMissing
+from llmkit.registry.secrets import (
+    ARGUMENT,
+    KeyPolicy,
+    Secret,
+    SecretFiles,
+    is_mark,
+    key_of,
+    new_secret,
+    with_key,
+)
+from llmkit.registry.store import Store
+from llmkit.schemas import OPTIONAL_FIELDS, Configuration, ModelConfigRequest
+
+_DECLARED = uuid5(NAMESPACE_URL, "llmkit/declared")
+T = TypeVar("T")
+
+
+class Configurations:
+    """The stored configurations of one home.
+
+    SQLite and the secret files block on the disk: they live on one thread, so that the order of the writes is
+    the order of the calls.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        engine_types: Mapping[str, EngineType],
+        policy: KeyPolicy,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._state_dir = state_dir
+        self._engine_types = engine_types
+        self._policy = policy
+        self._environ = environ
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="llmkit-store")
+        self._store: Store | None = None
+        self._files: SecretFiles | None = None
+        self._data_version: int | None = None
+
+    async def _io(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
+
+    @property
+    def _opened(self) -> tuple[Store, SecretFiles]:
+        assert self._store is not None and self._files is not None  # noqa: S101, PT018  # set by `open`
+        return self._store, self._files
+
+    async def open(self) -> list[Configuration]:
+        """Open the store and give what is in it.
+
+        Raises
+        ------
+        LLMKitError, OSError
+            If it cannot be used.
+        """
+        return await self._io(self._open)
+
+    def _open(self) -> list[Configuration]:
+        self._store = Store(self._state_dir)
+        self._files = SecretFiles(self._state_dir)
+        self._data_version = self._store.data_version()
+        stored = self._store.all()
+        self._files.delete_orphans({c.config_id for c in stored})
+        return stored
+
+    async def close(self) -> None:
+        """Close the store."""
+        if self._store is not None:
+            await self._io(self._store.close)
+        self._disk.shutdown(wait=False)
+
+    def problems(self) -> list[str]:
+        """Say what is wrong with the store."""
+        return list(self._store.problems) if self._store else ["the store is not open"]
+
+    async def read_if_changed_elsewhere(self) -> list[Configuration] | None:
+        """Give every configuration if another server has written since the last reading, else None."""
+        return await self._io(self._read_if_changed)
+
+    def _read_if_changed(self) -> list[Configuration] | None:
+        store, _ = self._opened
+        version = store.data_version()
+        if version == self._data_version:
+            return None
+        # Kept before the reading: a change between the two is then seen again, not missed.
+        self._data_version = version
+        return store.all()
+
+    # -- checking ------------------------------------------------------------------------------------------
+
+    def check(self, request: ModelConfigRequest) -> tuple[EngineType, SortedKwargs]:
+        """Check type and arguments, or raise `DoesNotFit` with every wrong field."""
+        engine_type = self._engine_types.get(request.model_type)
+        if engine_type is None:
+            known = ", ".join(f"`{name}`" for name in self._engine_types)
+            raise does_not_fit([{"path": "model_type", "message": f"must be one of {known}"}])
+        return engine_type, sort_kwargs(engine_type, request.model_kwargs)
+
+    def sorted(self, configuration: Configuration) -> SortedKwargs:
+        """Give the arguments of a stored configuration."""
+        return sort_kwargs(self._engine_types[configuration.model_type], configuration.model_kwargs)
+
+    async def is_same(self, request: ModelConfigRequest, stored: Configuration) -> bool:
+        """Tell whether a request asks for what is stored; keys are compared by digest."""
+
+        def plain(kwargs: SortedKwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {k: v for k, v in kwargs.engine.items() if k != ARGUMENT}, kwargs.generation
+
+        _, kwargs = self.check(request)
+        if (
+            (request.model_name, request.model_type) != (stored.model_name, stored.model_type)
+            or plain(kwargs) != plain(self.sorted(stored))
+            or any(getattr(request, name) != getattr(stored, name) for name in OPTIONAL_FIELDS)
+        ):
+            return False
+        given, kept = key_of(request.model_kwargs), key_of(stored.model_kwargs)
+        if isinstance(given, str) and is_mark(kept):
+            secret = await self.secret(stored)
+            return secret is not None and secret.holds(given)
+        return given == kept
+
+    def declare(self, body: Mapping[str, Any]) -> Configuration:
+        """Make a configuration of the operator's, which is not stored.
+
+        Raises
+        ------
+        LLMKitError
+            If it is wrong.
+        """
+        try:
+            request = ModelConfigRequest.model_validate(dict(body))
+        except ValidationError as error:
+            raise does_not_fit(validation_details(error, ModelConfigRequest)) from None
+        key = key_of(request.model_kwargs)
+        if key is not None and not (isinstance(key, str) and key.startswith("env:")):
+            raise KeyMissing("A declared configuration takes its key from a variable.", hint="Write env:NAME.")
+        configuration, _ = self._part(request, str(uuid5(_DECLARED, request.model_id)), None)
+        return configuration.model_copy(update={"declared": True})
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    async def insert(self, request: ModelConfigRequest) -> Configuration:
+        """Check and store a new configuration.
+
+        Raises
+        ------
+        DoesNotFit, KeyNotAllowed, ConfigurationExists, DiskFull
+        """
+        configuration, secret = self._part(request, str(uuid4()), None)
+        store, files = self._opened
+
+        def write() -> None:
+            if secret is not None:
+                files.write(configuration.config_id, secret)
+            try:
+                store.insert(configuration)
+            except BaseException:
+                files.delete(configuration.config_id)
+                raise
+
+        await self._io(write)
+        return configuration
+
+    async def prepare(self, request: ModelConfigRequest, stored: Configuration) -> tuple[Configuration, Secret | None]:
+        """Check a replacement of a stored configuration; `replace` then writes it."""
+        return self._part(request, stored.config_id, await self.secret(stored))
+
+    async def replace(self, configuration: Configuration, secret: Secret | None) -> None:
+        """Store a replacement and its key."""
+        store, files = self._opened
+
+        def write() -> None:
+            # A key is written before what refers to it, and deleted after.
+            if secret is not None:
+                files.write(configuration.config_id, secret)
+            store.replace(configuration)
+            if secret is None:
+                files.delete(configuration.config_id)
+
+        await self._io(write)
+
+    async def delete(self, config_id: str) -> None:
+        """Delete a configuration and its key."""
+        store, files = self._opened
+
+        def write() -> None:
+            store.delete(config_id)
+            files.delete(config_id)
+
+        await self._io(write)
+
+    # -- keys ----------------------------------------------------------------------------------------------
+
+    async def secret(self, configuration: Configuration) -> Secret | None:
+        """Read the raw key of a configuration, if it has one."""
+        _, files = self._opened
+        return await self._io(files.read, configuration.config_id)
+
+    async def api_key(self, configuration: Configuration) -> str | None:
+        """Give the key that the engine sends, or None to call without one.
+
+        Raises
+        ------
+        KeyMissing, KeyNotAllowed
+        """
+        engine_type = self._engine_types[configuration.model_type]
+        origin = engine_type.origin(configuration)
+        if origin is None:
+            return None
+        return self._policy.resolve(
+            key_of(configuration.model_kwargs),
+            origin,
+            engine_type.default_origin() or "",
+            self._environ,
+            await self.secret(configuration),
+        )
+
+    def _part(
+        self, request: ModelConfigRequest, config_id: str, kept: Secret | None
+    ) -> tuple[Configuration, Secret | None]:
+        """Check a request and part it from its raw key, which a mark then stands for."""
+        engine_type, _ = self.check(request)
+        configuration = Configuration(config_id=config_id, **request.model_dump())
+        engine_type.check(configuration)
+        origin = engine_type.origin(configuration)
+        given = key_of(request.model_kwargs)
+        if given is None or origin is None:
+            return configuration, None
+        if isinstance(given, str) and given.startswith("env:"):
+            self._policy.check_reference(given, origin)
+            return configuration, None
+        if isinstance(given, str):
+            secret = kept if kept and kept.origin == origin and kept.holds(given) else new_secret(given, origin)
+        elif kept is not None and kept.origin == origin and given == kept.mark():
+            secret = kept
+        else:
+            why = "There is no stored key to keep."
+            if kept is not None and kept.origin != origin:
+                why = f"The stored key is for {kept.origin}, not for {origin}."
+            raise KeyMissing(why, param=f"model_kwargs.{ARGUMENT}", hint="Send the api_key itself.")
+        kwargs = with_key(request.model_kwargs, secret.mark())
+        return configuration.model_copy(update={"model_kwargs": kwargs}), secret
+
+
+def exists(stored: Configuration) -> ConfigurationExists:
+    """Make the error that tells how to change what is stored."""
+    return ConfigurationExists(
+        f"`{stored.model_id}` is configured already, and differently.",
+        param="model_id",
+        hint=f"PUT /llm/configuration/{stored.config_id} changes it; another model_id makes another model.",
+        details={"config_id": stored.config_id},
+    )

@@ -1,0 +1,363 @@
+"""The life of one model: the only writer of its status.
+
+========== =================================== ==============================================
+status     `Model.ensure_loaded`               `Model.unload`
+========== =================================== ==============================================
+unloaded   starts a load and waits for it      nothing to do
+loading    waits for the load under way        cancels the load, waits until all is gone
+loaded     returns at once                     ends its requests, stops the engine
+unloading  waits for the end, starts a load    waits for the unload under way
+failed     starts a load and waits for it      forgets the failure
+========== =================================== ==============================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llmkit import schemas
+from llmkit.engines.base import Engine, EngineExit, LoadProgress
+from llmkit.engines.http import EngineHTTP
+from llmkit.errors import EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
+from llmkit.inference.admission import Admission
+from llmkit.schemas import Capabilities, Configuration, Memory, ModelError, Phase, Status
+
+LOG_TAIL_LINES = 50
+LOG_TAIL_BYTES = 64 << 10
+NOT_LOADED = Memory(reason="not loaded")
+
+_NEXT: dict[Status, set[Status]] = {
+    "unloaded": {"loading"},
+    "loading": {"loaded", "failed", "unloaded"},
+    "loaded": {"unloading", "failed"},
+    "unloading": {"unloaded"},
+    "failed": {"loading", "unloaded"},
+}
+
+
+@dataclass(eq=False)
+class Running:
+    """One request of a model, from its admission to its end."""
+
+    request_id: str
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    error: LLMKitError | None = None
+
+    def abort(self, error: LLMKitError) -> None:
+        """End the request with an error."""
+        self.error = error
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Model:
+    """One model.
+
+    Parameters
+    ----------
+    configuration
+        What was asked for; `configuration` may be set anew, and holds from the next load or request.
+    make_engine
+        Makes the engine of one load; raises `LLMKitError` if there can be none.
+    log_file
+        Where the engine writes its log.
+    changed
+        Called after every change, with ``"status"`` or ``"progress"``.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        make_engine: Callable[[Configuration], Awaitable[Engine]],
+        log_file: Path,
+        changed: Callable[[Model, str], None],
+        *,
+        max_in_flight: int,
+        max_queued: int,
+        logger: logging.Logger,
+    ) -> None:
+        self.configuration = configuration
+        self.admission = Admission(configuration.model_id, max_in_flight, max_queued)
+        self.log_file = log_file
+        self._make_engine = make_engine
+        self._changed = changed
+        self._log = logger
+        self._status: Status = "unloaded"
+        self._reason: str | None = None
+        self._phase: Phase | None = None
+        self._progress: float | None = None
+        self._error: ModelError | None = None
+        self._started: float | None = None
+        self._load_seconds: float | None = None
+        self._loaded_at: datetime | None = None
+        self._last_used_at: datetime | None = None
+        self._memory = NOT_LOADED
+        self._capabilities = Capabilities()
+        self._engine: Engine | None = None
+        self._http: EngineHTTP | None = None
+        self._load_task: asyncio.Task[LLMKitError | None] | None = None
+        self._unload_task: asyncio.Task[Memory] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
+        self._running: dict[str, Running] = {}
+
+    @property
+    def status(self) -> Status:
+        """Where the model is in its life."""
+        return self._status
+
+    @property
+    def live(self) -> bool:
+        """Whether an engine runs or is on the way."""
+        return self._status in ("loading", "loaded", "unloading")
+
+    def snapshot(self) -> schemas.Model:
+        """Give the state as it is now."""
+        configuration = self.configuration
+        loading = self._status == "loading" and self._started is not None
+        return schemas.Model(
+            model_id=configuration.model_id,
+            config_id=configuration.config_id,
+            model_name=configuration.model_name,
+            model_type=configuration.model_type,
+            status=self._status,
+            reason=self._reason,
+            phase=self._phase,
+            progress=self._progress,
+            elapsed_seconds=round(time.monotonic() - self._started, 3) if loading and self._started else None,
+            load_seconds=self._load_seconds,
+            loaded_at=self._loaded_at,
+            last_used_at=self._last_used_at,
+            in_flight=self.admission.in_flight,
+            queued=self.admission.queued,
+            memory=self._memory,
+            capabilities=self._capabilities,
+            error=self._error,
+        )
+
+    def _set(self, status: Status, reason: str | None = None, error: ModelError | None = None) -> None:
+        if status not in _NEXT[self._status]:
+            raise AssertionError(f"{self.configuration.model_id}: {self._status} -> {status}")
+        self._status, self._reason, self._error = status, reason, error
+        if status != "loading":
+            self._phase = "ready" if status == "loaded" else None
+            self._progress = 1.0 if status == "loaded" else None
+        if status in ("unloaded", "failed"):
+            self._memory, self._capabilities, self._loaded_at = NOT_LOADED, Capabilities(), None
+        self._changed(self, "status")
+
+    # -- load ----------------------------------------------------------------------------------------------
+
+    async def ensure_loaded(self) -> None:
+        """Return when the model is loaded, whoever started the load.
+
+        A caller that is cancelled leaves the load to the others.
+
+        Raises
+        ------
+        LLMKitError
+            The reason why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
+        """
+        while self._unload_task is not None:
+            await asyncio.wait([self._unload_task])
+        self.start_loading()
+        if self._status == "loading" and self._load_task is not None:
+            error = await asyncio.shield(self._load_task)
+            if error is not None:
+                raise error
+
+    def start_loading(self) -> None:
+        """Start a load if the model is unloaded or failed; otherwise do nothing."""
+        if self._unload_task is None and self._status in ("unloaded", "failed"):
+            self._started = time.monotonic()
+            self._phase, self._progress, self._load_seconds = "queued", 0.0, None
+            self._set("loading")
+            self._load_task = asyncio.create_task(self._load(), name=f"load {self.configuration.model_id}")
+
+    async def _load(self) -> LLMKitError | None:
+        try:
+            return await self._start_engine()
+        except asyncio.CancelledError:
+            # Only `unload` cancels this task, and waits for it: the cancellation ends here, as a result.
+            await self._stop_engine()
+            self._set("unloaded", "load cancelled")
+            return LoadCancelled(
+                f"The load of `{self.configuration.model_id}` was cancelled.",
+                hint="Somebody unloaded it meanwhile.",
+            )
+
+    async def _start_engine(self) -> LLMKitError | None:
+        started = time.monotonic()
+        try:
+            engine = self._engine = await self._make_engine(self.configuration)
+            self._capabilities = await engine.start(self._report)
+            self._memory = await engine.memory()
+        except Exception as raised:  # noqa: BLE001  # whatever an engine of a third party raises, the model is failed
+            return await self._fail(raised)
+        self._http = EngineHTTP(engine.endpoint)
+        self._load_seconds = round(time.monotonic() - started, 3)
+        self._loaded_at = datetime.now(UTC)
+        self._watch_task = asyncio.create_task(self._watch(engine), name=f"watch {self.configuration.model_id}")
+        self._set("loaded")
+        return None
+
+    def _report(self, progress: LoadProgress) -> None:
+        if self._status == "loading" and (progress.phase, progress.fraction) != (self._phase, self._progress):
+            self._phase, self._progress = progress.phase, progress.fraction
+            self._changed(self, "progress")
+
+    async def _fail(self, raised: Exception) -> LLMKitError:
+        if isinstance(raised, LLMKitError):
+            error = raised
+        else:
+            self._log.error("The engine of %s failed.", self.configuration.model_id, exc_info=raised)
+            error = EngineGone(f"The engine failed: {type(raised).__name__}.", hint="The server's log says more.")
+        await self._stop_engine()
+        self._set("failed", error.message, await self._model_error(error))
+        return error
+
+    async def _model_error(self, error: LLMKitError) -> ModelError:
+        tail = error.details.get("log_tail")
+        if tail is None:
+            tail = await asyncio.to_thread(log_tail, self.log_file, LOG_TAIL_LINES)
+        return ModelError(
+            code=error.code,
+            message=error.message,
+            hint=error.hint,
+            fix=error.details.get("fix"),
+            log_tail=tail,
+        )
+
+    async def _watch(self, engine: Engine) -> None:
+        ended: EngineExit = await engine.wait_exit()
+        if self._status != "loaded" or self._engine is not engine:
+            return
+        error = EngineGone(ended.message, hint="Load it again; the log tail says why it ended.")
+        self._abort_all(error)
+        await self._stop_engine()
+        self._set("failed", ended.message, await self._model_error(error))
+
+    # -- unload --------------------------------------------------------------------------------------------
+
+    async def unload(self, drain: float = 0.0) -> Memory:
+        """Unload, whatever the status, and say what was freed.
+
+        Parameters
+        ----------
+        drain
+            Seconds that running requests get to finish before they are ended with `ModelUnloaded`.
+        """
+        if self._unload_task is None:
+            self._unload_task = asyncio.create_task(self._unload(drain), name=f"unload {self.configuration.model_id}")
+            self._unload_task.add_done_callback(self._unload_done)
+        return await asyncio.shield(self._unload_task)
+
+    def _unload_done(self, _: asyncio.Task[Memory]) -> None:
+        self._unload_task = None
+
+    async def _unload(self, drain: float) -> Memory:
+        load = self._load_task
+        if load is not None and not load.done():
+            load.cancel()
+            await asyncio.wait([load])
+            if self._status == "unloaded":
+                return Memory(verified=True, reason="the load was cancelled")
+        if self._status == "failed":
+            self._set("unloaded")
+        if self._status == "unloaded":
+            return Memory(verified=True, reason="not loaded")
+        self._set("unloading")
+        if self._running and drain:
+            await asyncio.wait([r.task for r in self._running.values() if r.task], timeout=drain)
+        self._abort_all(
+            ModelUnloaded(f"`{self.configuration.model_id}` was unloaded.", hint="Load it and send the request again.")
+        )
+        freed = await self._stop_engine()
+        self._set("unloaded")
+        return freed
+
+    async def _stop_engine(self) -> Memory:
+        """End what belongs to the last load; never raises, so that a status always follows."""
+        watch, self._watch_task = self._watch_task, None
+        if watch is not None and watch is not asyncio.current_task():
+            watch.cancel()
+        freed = Memory(reason="there was no engine")
+        try:
+            if self._http is not None:
+                await self._http.close()
+            if self._engine is not None:
+                freed = await self._engine.stop()
+        except Exception:  # noqa: BLE001  # as above; what is left is the guardian's
+            self._log.exception("The engine of %s did not stop as it should.", self.configuration.model_id)
+            freed = Memory(reason="the stop failed; the server's log says more")
+        # Only now: a stop that was cancelled half-way is done again.
+        self._http = self._engine = None
+        return freed
+
+    def _abort_all(self, error: LLMKitError) -> None:
+        self.admission.reject_waiting(error)
+        for running in list(self._running.values()):
+            running.abort(error)
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def use(self, running: Running) -> AsyncIterator[tuple[EngineHTTP, Capabilities]]:
+        """Hold the model for one request, after waiting for a place.
+
+        Inside, the task of ``running`` is cancelled when the model goes away or the request is cancelled by its
+        id; that cancellation leaves here as the error it stands for.
+
+        Raises
+        ------
+        ModelNotLoaded, QueueFull, ModelUnloaded, EngineGone
+        """
+        self._check_loaded()
+        try:
+            async with self.admission.slot():
+                self._check_loaded()
+                self._running[running.request_id] = running
+                try:
+                    assert self._http is not None  # noqa: S101  # loaded
+                    yield self._http, self._capabilities
+                finally:
+                    self._running.pop(running.request_id, None)
+                    self._last_used_at = datetime.now(UTC)
+        except (asyncio.CancelledError, LLMKitError):
+            if running.error is None:
+                raise
+            if running.task is not None:
+                running.task.uncancel()
+            raise running.error from None
+
+    def _check_loaded(self) -> None:
+        if self._status != "loaded":
+            model_id, config_id = self.configuration.model_id, self.configuration.config_id
+            state = {"loading": "still loading", "unloading": "being unloaded", "failed": "failed"}.get(
+                self._status, "not loaded"
+            )
+            raise ModelNotLoaded(
+                f"`{model_id}` is {state}.",
+                param="model_id",
+                hint=f"POST /llm/load_model/{config_id} loads it.",
+            )
+
+
+def log_tail(path: Path, lines: int) -> list[str]:
+    """Read the last lines of a log; blocks, and reads at most 64 KiB."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - LOG_TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return list(deque(text.splitlines(), maxlen=lines))

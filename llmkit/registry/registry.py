@@ -1,0 +1,504 @@
+"""The one owner of configurations and models; everything else is a view of it."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmkit import __version__, schemas
+from llmkit.engines.base import Engine, EngineContext, EngineType, does_not_fit, load_engine_types
+from llmkit.errors import (
+    ConfigurationNotFound,
+    ConfigurationReadOnly,
+    LLMKitError,
+    ModelIsLoaded,
+    ModelNotFound,
+    RequestNotFound,
+    ServerStopping,
+    WrongState,
+)
+from llmkit.inference.prompting import Clock, Collector, read_options, to_openai
+from llmkit.registry.configurations import Configurations, exists
+from llmkit.registry.model import Model, Running
+from llmkit.registry.secrets import KeyPolicy
+from llmkit.schemas import (
+    API_VERSION,
+    Configuration,
+    Health,
+    InferenceAnswer,
+    InferenceRequest,
+    Memory,
+    ModelConfigRequest,
+    Snapshot,
+)
+
+PROGRESS_INTERVAL_SECONDS = 0.25
+REFRESH_SECONDS = 0.5
+CLOSE_SECONDS = 12.0
+
+Event = dict[str, Any]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator decides.
+
+    ``configurations`` are bodies of ``POST /llm/configure_model/`` that exist as long as the server runs.
+    """
+
+    state_dir: Path
+    run_dir: Path
+    secret_origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    max_in_flight: int = 64
+    max_queued: int = 256
+    configurations: Sequence[Mapping[str, Any]] = ()
+
+
+class ModelRegistry:
+    """Configure, load, prompt and unload models.
+
+    Parameters
+    ----------
+    settings
+        What the operator decides.
+    emit
+        Called with the data of every event, in the order of their revisions.
+    logger
+        For what a person should read in the server's log.
+    environ
+        The server's environment; keys are taken from it.
+    engine_types
+        By name; those that are installed if not given.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        emit: Callable[[Event], None],
+        logger: logging.Logger,
+        environ: Mapping[str, str] = os.environ,
+        engine_types: Mapping[str, EngineType] | None = None,
+    ) -> None:
+        self.epoch = os.urandom(16).hex()
+        self.revision = 0
+        self.engine_types = dict(engine_types if engine_types is not None else load_engine_types(logger))
+        self._settings = settings
+        self._emit = emit
+        self._log = logger
+        self._stored = Configurations(
+            settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ
+        )
+        self._models: dict[str, Model] = {}
+        self._running: dict[str, Running] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._progress_due: dict[str, asyncio.TimerHandle] = {}
+        self._progress_sent: dict[str, float] = {}
+        self._closing = False
+
+    # -- start and stop ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the store and take up every configuration.
+
+        Raises
+        ------
+        LLMKitError, OSError
+            If the store cannot be used.
+        """
+        for configuration in await self._stored.open():
+            self._add(configuration)
+        for body in self._settings.configurations:
+            try:
+                declared = self._stored.declare(body)
+                if declared.model_id in self._models:
+                    raise exists(self._models[declared.model_id].configuration)
+                self._add(declared)
+            except LLMKitError as error:
+                # The operator reads the log; the other models are served meanwhile.
+                self._log.error("c.LLMKitApp.configurations: %s", error)
+        self._spawn(self._follow_other_servers())
+
+    async def close(self) -> None:
+        """Unload every model and end every task. Idempotent, bounded, raises nothing."""
+        if self._closing:
+            return
+        self._closing = True
+        unloads = [asyncio.create_task(model.unload()) for model in self._models.values() if model.live]
+        if unloads:
+            await asyncio.wait(unloads, timeout=CLOSE_SECONDS)
+        for handle in self._progress_due.values():
+            handle.cancel()
+        tasks = [*self._tasks, *unloads]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stored.close()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() and not isinstance(task.exception(), LLMKitError):
+            self._log.error("A task of llmkit failed.", exc_info=task.exception())
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def health(self) -> Health:
+        """Say whether registry and store are well."""
+        problems = self._stored.problems()
+        return Health(
+            status="stopping" if self._closing else "degraded" if problems else "ok",
+            version=__version__,
+            api_version=API_VERSION,
+            epoch=self.epoch,
+            problems=problems,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Give every model as it is now."""
+        models = [model.snapshot() for model in self._models.values()]
+        return Snapshot(epoch=self.epoch, revision=self.revision, models=models)
+
+    def configurations(self) -> list[Configuration]:
+        """Give every configuration, oldest first."""
+        return [model.configuration for model in self._models.values()]
+
+    def configuration(self, config_id: str) -> Configuration:
+        """Give one configuration, or raise `ConfigurationNotFound`."""
+        return self._by_config_id(config_id).configuration
+
+    def model(self, model_id: str) -> schemas.Model:
+        """Give the live state of one model, or raise `ModelNotFound`."""
+        return self._by_model_id(model_id).snapshot()
+
+    def loaded_models(self) -> list[str]:
+        """Give the ``model_id`` of every loaded model."""
+        return [m.configuration.model_id for m in self._models.values() if m.status == "loaded"]
+
+    def busy(self) -> int:
+        """Count the loads and requests under way."""
+        return len(self._running) + sum(m.status in ("loading", "unloading") for m in self._models.values())
+
+    def model_types(self) -> list[dict[str, Any]]:
+        """Describe every model type: its arguments as JSON schema, and where flat keys belong."""
+        generation = schemas.GenerationParameters.model_json_schema()
+        described = []
+        for engine_type in self.engine_types.values():
+            reason = engine_type.unavailable()
+            arguments = engine_type.arguments.model_json_schema()
+            described.append(
+                {
+                    "name": engine_type.name,
+                    "summary": engine_type.summary,
+                    "available": reason is None,
+                    "reason": str(reason) if reason else None,
+                    "arguments": arguments,
+                    "generation": generation,
+                    "table": dict.fromkeys(arguments["properties"], "engine")
+                    | dict.fromkeys(generation["properties"], "generation"),
+                }
+            )
+        return described
+
+    def _by_config_id(self, config_id: str) -> Model:
+        for model in self._models.values():
+            if model.configuration.config_id == config_id:
+                return model
+        raise ConfigurationNotFound(
+            f"There is no configuration {config_id[:64]!r}.",
+            param="config_id",
+            hint="GET /llm/configurations/ lists them.",
+        )
+
+    def _by_model_id(self, model_id: str) -> Model:
+        if model_id in self._models:
+            return self._models[model_id]
+        near = difflib.get_close_matches(model_id, self._models, n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else "POST /llm/configure_model/ makes one."
+        raise ModelNotFound(f"There is no model {model_id[:128]!r}.", param="model_id", hint=hint)
+
+    # -- configuring ---------------------------------------------------------------------------------------
+
+    async def configure(self, request: ModelConfigRequest) -> Configuration:
+        """Store a new configuration; one that is equal to the stored one is given back.
+
+        Raises
+        ------
+        DoesNotFit, KeyNotAllowed
+            If it is wrong.
+        ConfigurationExists
+            If another configuration has the ``model_id``.
+        """
+        self._check_open()
+        if request.model_id in self._models:
+            stored = self._models[request.model_id].configuration
+            if await self._stored.is_same(request, stored):
+                return stored
+            raise exists(stored)
+        configuration = await self._stored.insert(request)
+        self._changed(self._add(configuration), "configured")
+        return configuration
+
+    async def update(self, config_id: str, request: ModelConfigRequest, *, reload: bool = False) -> Configuration:
+        """Replace a configuration.
+
+        Generation defaults, description, limits and prices hold from the next request; what the engine was
+        started with changes only with ``reload``, which unloads a live model and starts to load it again.
+
+        Raises
+        ------
+        ConfigurationNotFound, ConfigurationReadOnly, DoesNotFit, KeyNotAllowed, ModelIsLoaded
+        """
+        self._check_open()
+        model = self._by_config_id(config_id)
+        stored = model.configuration
+        self._check_writable(stored)
+        if request.model_id != stored.model_id:
+            detail = {"path": "model_id", "message": f"must stay `{stored.model_id}`"}
+            raise does_not_fit([detail], hint="POST /llm/configure_model/ makes another model.")
+        configuration, secret = await self._stored.prepare(request, stored)
+        new_engine = (
+            (configuration.model_name, configuration.model_type) != (stored.model_name, stored.model_type)
+            # A new raw key has a new mark among the arguments.
+            or self._stored.sorted(configuration).engine != self._stored.sorted(stored).engine
+        )
+        if new_engine and model.live and not reload:
+            raise ModelIsLoaded(
+                f"`{stored.model_id}` is {model.status}; its engine cannot change while it runs.",
+                hint="Unload it first, or send the same with ?reload=true.",
+            )
+        await self._stored.replace(configuration, secret)
+        self._apply(model, configuration)
+        self._changed(model, "updated")
+        if new_engine and model.live:
+            await model.unload()
+            model.start_loading()
+        return configuration
+
+    async def delete(self, config_id: str, *, unload: bool = False) -> None:
+        """Delete a configuration and its key.
+
+        Raises
+        ------
+        ConfigurationNotFound, ConfigurationReadOnly
+        ModelIsLoaded
+            If it is live and ``unload`` was not asked for.
+        """
+        self._check_open()
+        model = self._by_config_id(config_id)
+        configuration = model.configuration
+        self._check_writable(configuration)
+        if model.live and not unload:
+            raise ModelIsLoaded(
+                f"`{configuration.model_id}` is {model.status}.",
+                hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true.",
+            )
+        await self._stored.delete(config_id)
+        # Out of sight first, so that nobody can load it again meanwhile.
+        self._remove(model)
+        await model.unload()
+
+    def _check_writable(self, configuration: Configuration) -> None:
+        if configuration.declared:
+            raise ConfigurationReadOnly(
+                f"`{configuration.model_id}` is declared by the operator of this server.",
+                hint="Configure a model of your own under another model_id.",
+            )
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ServerStopping("The server is stopping.")
+
+    # -- loading -------------------------------------------------------------------------------------------
+
+    async def load(self, config_id: str, *, wait: bool = True) -> schemas.Model:
+        """Load a model; with ``wait`` until it is loaded.
+
+        Raises
+        ------
+        ConfigurationNotFound, LLMKitError
+            With ``wait``, the reason why it could not be loaded.
+        """
+        self._check_open()
+        model = self._by_config_id(config_id)
+        if wait:
+            await model.ensure_loaded()
+        else:
+            model.start_loading()
+            if model.status == "unloading":
+                self._spawn(model.ensure_loaded())
+        return model.snapshot()
+
+    async def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
+        """Unload a model, whatever its status, and say what was freed."""
+        return await self._by_model_id(model_id).unload(drain)
+
+    async def _make_engine(self, configuration: Configuration) -> Engine:
+        engine_type = self.engine_types[configuration.model_type]
+        unavailable = engine_type.unavailable()
+        if unavailable is not None:
+            raise unavailable
+        context = EngineContext(
+            run_dir=self._settings.run_dir / configuration.config_id,
+            log_file=self._log_file(configuration),
+            api_key=await self._stored.api_key(configuration),
+            logger=self._log,
+        )
+        return engine_type.create(configuration, context)
+
+    def _log_file(self, configuration: Configuration) -> Path:
+        return self._settings.run_dir / f"{configuration.config_id}.log"
+
+    # -- prompting -----------------------------------------------------------------------------------------
+
+    async def infer(self, request: InferenceRequest, send: Send | None = None) -> InferenceAnswer:
+        """Ask a model; one with ``auto_load`` is loaded first.
+
+        Parameters
+        ----------
+        request
+            The prompt and its parameters.
+        send
+            Called with each frame of a streamed answer, and awaited before the next is read.
+
+        Raises
+        ------
+        LLMKitError
+        """
+        self._check_open()
+        options = read_options(request)
+        model = self._by_model_id(request.model_id)
+        clock = Clock()
+        if model.configuration.auto_load:
+            await model.ensure_loaded()
+            clock.load = time.monotonic() - clock.start
+        running = Running(options.request_id or f"req-{os.urandom(12).hex()}")
+        if running.request_id in self._running:
+            raise WrongState(
+                f"A request {running.request_id!r} is running.",
+                param="inference_kwargs.request_id",
+                hint="Choose another request_id, or none.",
+            )
+        self._running[running.request_id] = running
+        waiting = time.monotonic()
+        try:
+            async with model.use(running) as (http, capabilities):
+                clock.sent = time.monotonic()
+                clock.queue = clock.sent - waiting
+                configuration = model.configuration
+                defaults = self._stored.sorted(configuration).generation
+                path, body = to_openai(request, options, defaults, capabilities.api or "chat", http.endpoint.model)
+                collector = Collector()
+                if send is None:
+                    collector.add(await http.json("POST", path, body))
+                else:
+                    async for piece in http.events(path, body):
+                        if frame := collector.add(piece):
+                            clock.first_token = clock.first_token or time.monotonic()
+                            await send(frame)
+                return collector.answer(request.model_id, running.request_id, clock, configuration.prices)
+        finally:
+            del self._running[running.request_id]
+
+    def cancel(self, request_id: str) -> None:
+        """End a running request, or raise `RequestNotFound`."""
+        running = self._running.get(request_id)
+        if running is None:
+            raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
+        running.abort(WrongState("The request was cancelled.", hint="Somebody deleted it by its request_id."))
+
+    # -- changes -------------------------------------------------------------------------------------------
+
+    def _add(self, configuration: Configuration) -> Model:
+        model = Model(
+            configuration,
+            self._make_engine,
+            self._log_file(configuration),
+            self._changed,
+            max_in_flight=self._settings.max_in_flight,
+            max_queued=self._settings.max_queued,
+            logger=self._log,
+        )
+        self._models[configuration.model_id] = model
+        self._apply(model, configuration)
+        return model
+
+    def _apply(self, model: Model, configuration: Configuration) -> None:
+        model.configuration = configuration
+        model.admission.max_in_flight = configuration.max_in_flight or self._settings.max_in_flight
+        queued = configuration.max_queued
+        model.admission.max_queued = self._settings.max_queued if queued is None else queued
+
+    def _remove(self, model: Model) -> None:
+        if self._models.pop(model.configuration.model_id, None) is not None:
+            self._changed(model, "deleted")
+
+    def _changed(self, model: Model, change: str) -> None:
+        """Count the change and tell everybody; progress at most four times a second for one model."""
+        model_id = model.configuration.model_id
+        if change != "deleted" and self._models.get(model_id) is not model:
+            return  # deleted already; its engine may still be on the way down
+        self.revision += 1
+        if change != "progress":
+            self._emit_now(model, change)
+        elif model_id not in self._progress_due:
+            wait = self._progress_sent.get(model_id, 0.0) + PROGRESS_INTERVAL_SECONDS - time.monotonic()
+            self._progress_due[model_id] = asyncio.get_running_loop().call_later(
+                max(0.0, wait), self._emit_now, model, change
+            )
+
+    def _emit_now(self, model: Model, change: str) -> None:
+        model_id = model.configuration.model_id
+        due = self._progress_due.pop(model_id, None)
+        if due is not None:
+            due.cancel()
+        if change == "progress":
+            self._progress_sent[model_id] = time.monotonic()
+        self._emit(
+            {
+                "epoch": self.epoch,
+                "revision": self.revision,
+                "change": change,
+                "model_id": model_id,
+                "config_id": model.configuration.config_id,
+                "model": None if change == "deleted" else model.snapshot().model_dump(mode="json"),
+            }
+        )
+
+    async def _follow_other_servers(self) -> None:
+        """Take over what another server of the same home has configured or deleted."""
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                stored = await self._stored.read_if_changed_elsewhere()
+            except Exception as error:  # noqa: BLE001  # the next turn tries again
+                self._log.warning("The configurations could not be read again: %s", type(error).__name__)
+                continue
+            if stored is not None:
+                self._take_over({configuration.config_id: configuration for configuration in stored})
+
+    def _take_over(self, stored: dict[str, Configuration]) -> None:
+        for model in list(self._models.values()):
+            ours = model.configuration
+            if ours.declared:
+                continue
+            theirs = stored.pop(ours.config_id, None)
+            if theirs is None and not model.live:
+                self._remove(model)
+            elif theirs is not None and theirs != ours:
+                self._apply(model, theirs)
+                self._changed(model, "updated")
+        for configuration in stored.values():
+            if configuration.model_id not in self._models:
+                self._changed(self._add(configuration), "configured")

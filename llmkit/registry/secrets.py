@@ -1,0 +1,229 @@
+"""Keys of remote endpoints: which may go where, and the files that hold the raw ones.
+
+``api_key`` is ``"env:NAME"``, a variable of the server, or a raw key. A raw key goes to a file of its
+configuration (0600, in a 0700 folder), bound to scheme, host and port of the endpoint; everywhere else stands
+``{"secret": true, "set_at": ...}`` in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from pydantic import JsonValue
+
+from llmkit.errors import KeyMissing, KeyNotAllowed
+
+ARGUMENT = "api_key"
+DEFAULT_VARIABLE = "OPENAI_API_KEY"
+_REFERENCE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]{0,127})")
+_DEFAULT_NAMES = re.compile(r"\w+(_API_KEY|_TOKEN)")
+# Tokens of the Jupyter server or Hub open terminals; they are never for a model's endpoint.
+_NEVER = re.compile(r"(JUPYTER|JPY_|LLMKIT_)\w*")
+_ORPHAN_AGE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class KeyPolicy:
+    """Which variables of the server may go to which origin.
+
+    ``secret_origins`` maps names of variables to origins such as ``https://api.openai.com``. Empty: any name
+    that ends in ``_API_KEY`` or ``_TOKEN`` may be named; not empty: nothing else than what it says.
+    """
+
+    secret_origins: Mapping[str, Sequence[str]]
+
+    def allows(self, name: str, origin: str) -> bool:
+        """Tell whether the variable may be sent to the origin."""
+        if self.secret_origins:
+            return origin in self.secret_origins.get(name, ())
+        return bool(_DEFAULT_NAMES.fullmatch(name)) and not _NEVER.fullmatch(name)
+
+    def check_reference(self, reference: str, origin: str) -> str:
+        """Give the name of the variable that ``env:NAME`` refers to.
+
+        Raises
+        ------
+        KeyNotAllowed
+            If it is no name, or may not go to the origin.
+        """
+        match = _REFERENCE.fullmatch(reference)
+        if not match:
+            raise KeyNotAllowed(
+                "api_key starts with `env:` but what follows is no name of a variable.",
+                param="model_kwargs.api_key",
+                hint="Write env:NAME, for example env:OPENAI_API_KEY.",
+            )
+        name = match[1]
+        if not self.allows(name, origin):
+            rule = (
+                "The operator's c.LLMKitApp.secret_origins says which variables may go where."
+                if self.secret_origins
+                else "Name a variable that ends in _API_KEY or _TOKEN, and none of Jupyter's own."
+            )
+            raise KeyNotAllowed(
+                f"The variable {name} may not be sent to {origin}.", param="model_kwargs.api_key", hint=rule
+            )
+        return name
+
+    def resolve(
+        self,
+        api_key: JsonValue,
+        origin: str,
+        default_origin: str,
+        environ: Mapping[str, str],
+        secret: Secret | None,
+    ) -> str | None:
+        """Give the key to send to an origin, or None to call without one.
+
+        Parameters
+        ----------
+        api_key
+            The stored value: ``env:NAME``, the mark of a raw key, or None.
+        origin
+            Where the configuration sends its requests.
+        default_origin
+            The only place that ``OPENAI_API_KEY`` goes to without being named.
+        environ
+            The server's environment.
+        secret
+            The raw key of the configuration, if it has one.
+
+        Raises
+        ------
+        KeyMissing, KeyNotAllowed
+            If there should be a key and none can be used.
+        """
+        if isinstance(api_key, str):
+            name = self.check_reference(api_key, origin)
+            if not environ.get(name):
+                raise KeyMissing(
+                    f"The server has no environment variable {name}.",
+                    param="model_kwargs.api_key",
+                    hint=f"Set {name} before the Jupyter server starts, or configure another api_key.",
+                )
+            return environ[name]
+        if api_key is not None:
+            if secret is None:
+                raise KeyMissing(
+                    "The key of this configuration is gone from the server.",
+                    param="model_kwargs.api_key",
+                    hint="Send the configuration again with its api_key.",
+                )
+            if secret.origin != origin:
+                raise KeyNotAllowed(
+                    f"The stored key is for {secret.origin}, not for {origin}.",
+                    param="model_kwargs.api_key",
+                    hint="Send the configuration again with the api_key for the new address.",
+                )
+            return secret.value
+        if origin == default_origin and (not self.secret_origins or self.allows(DEFAULT_VARIABLE, origin)):
+            return environ.get(DEFAULT_VARIABLE) or None
+        return None
+
+
+@dataclass(frozen=True, repr=False)
+class Secret:
+    """A raw key and where it may go."""
+
+    value: str
+    origin: str
+    set_at: str
+
+    def mark(self) -> dict[str, JsonValue]:
+        """Give what stands for the key wherever it can be seen."""
+        return {"secret": True, "set_at": self.set_at}
+
+    def holds(self, value: str) -> bool:
+        """Tell whether a key is this one, by digest."""
+        ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (self.value, value))
+        return hmac.compare_digest(ours, theirs)
+
+
+def new_secret(value: str, origin: str) -> Secret:
+    """Bind a raw key to an origin, now."""
+    return Secret(value, origin, datetime.now(UTC).isoformat(timespec="microseconds"))
+
+
+def is_mark(value: object) -> bool:
+    """Tell whether a value stands for a key."""
+    return isinstance(value, dict) and value.get("secret") is True
+
+
+class SecretFiles:
+    """One 0600 file for each configuration that has a raw key. All methods block.
+
+    A file a configuration, rather than one for all, so that two servers never overwrite each other's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "secrets"
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+
+    def _path(self, config_id: str) -> Path:
+        return self.folder / f"{UUID(config_id)}.json"
+
+    def read(self, config_id: str) -> Secret | None:
+        """Read the key of a configuration."""
+        try:
+            return Secret(**json.loads(self._path(config_id).read_text("utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def write(self, config_id: str, secret: Secret) -> None:
+        """Write the key of a configuration; after a crash the file is the old one or the new one."""
+        path = self._path(config_id)
+        scratch = path.with_suffix(f".{uuid4().hex}.new")
+        body = {"value": secret.value, "origin": secret.origin, "set_at": secret.set_at}
+        try:
+            with os.fdopen(
+                os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+            ) as file:
+                json.dump(body, file)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def delete(self, config_id: str) -> None:
+        """Delete the key of a configuration, if there is one."""
+        self._path(config_id).unlink(missing_ok=True)
+
+    def delete_orphans(self, known: set[str]) -> None:
+        """Delete keys whose configuration is gone, which a crash between two writes can leave.
+
+        A file younger than a minute stays: its configuration may be on the way in another server.
+        """
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.name.split(".")[0] not in known and time.time() - path.stat().st_mtime > _ORPHAN_AGE_SECONDS:
+                    path.unlink()
+
+
+def key_of(model_kwargs: Mapping[str, Any]) -> JsonValue:
+    """Give the ``api_key`` of a configuration, wherever it stands."""
+    engine = model_kwargs.get("engine")
+    nested = engine.get(ARGUMENT) if isinstance(engine, dict) else None
+    value: JsonValue = nested if nested is not None else model_kwargs.get(ARGUMENT)
+    return value
+
+
+def with_key(model_kwargs: Mapping[str, Any], value: JsonValue) -> dict[str, JsonValue]:
+    """Copy ``model_kwargs`` with another value in the place of its ``api_key``."""
+    engine = model_kwargs.get("engine")
+    if isinstance(engine, dict) and ARGUMENT in engine:
+        return {**model_kwargs, "engine": {**engine, ARGUMENT: value}}
+    return {**model_kwargs, ARGUMENT: value}

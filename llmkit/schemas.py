@@ -1,0 +1,323 @@
+"""Everything that crosses the wire or lies on disk, as pydantic models.
+
+Durations are seconds, sizes bytes, times ISO 8601 in UTC. A value that could not be measured is null and a
+``reason`` beside it says why; it is never 0.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+API_VERSION: Final = "1"
+"""Grows when a client of the older version can no longer work."""
+
+MODEL_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$"
+MAX_CONFIGURATION_BYTES: Final = 1 << 20
+MAX_PROMPT_BYTES: Final = 32 << 20
+
+
+def _no_control_characters(text: str) -> str:
+    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+# In pydantic's regex engine `$` matches at the very end only, so this is a full match.
+ModelId = Annotated[
+    str,
+    StringConstraints(pattern=MODEL_ID_PATTERN),
+    Field(
+        title="Model ID",
+        description="Your unique name for the model: letters, digits and . _ : @ -, at most 128 characters.",
+        examples=["demo", "llama3:8b"],
+    ),
+]
+ModelName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=1024),
+    AfterValidator(_no_control_characters),
+    Field(
+        title="Model name",
+        description="What the engine calls the model: a hub name, a path, or the name at the remote endpoint.",
+        examples=["llmkit/demo", "gpt-4o-mini"],
+    ),
+]
+ModelType = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=64),
+    Field(title="Type", description="The engine that runs it.", examples=["vllm", "openai"]),
+]
+RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+
+Status = Literal["unloaded", "loading", "loaded", "unloading", "failed"]
+Phase = Literal["queued", "starting", "downloading", "weights", "warming", "ready"]
+API = Literal["chat", "completions"]
+
+
+class Strict(BaseModel):
+    """What a client sends: unknown fields and wrong types are errors, never ignored or converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Wire(BaseModel):
+    """What the server sends; a client of an older minor version ignores what it does not know."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+# -- configurations ----------------------------------------------------------------------------------------
+
+
+class Prices(Strict):
+    """Price of a million tokens."""
+
+    input: Annotated[float, Field(ge=0, strict=False, description="A million prompt tokens.")]
+    output: Annotated[float, Field(ge=0, strict=False, description="A million answer tokens.")]
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+
+
+class ModelConfigRequest(Strict):
+    """Body of ``POST /llm/configure_model/`` and ``PUT /llm/configuration/{config_id}``."""
+
+    model_id: ModelId
+    model_name: ModelName
+    model_type: ModelType
+    model_kwargs: Annotated[
+        dict[str, JsonValue],
+        Field(description="Engine arguments and generation defaults: flat, or nested under `engine` and `generation`."),
+    ] = {}
+    description: Annotated[str, StringConstraints(max_length=2000)] | None = None
+    auto_load: Annotated[bool, Field(description="Load at the first request.")] | None = None
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000, description="Requests running at once.")] | None = None
+    max_queued: Annotated[int, Field(ge=0, le=100_000, description="Requests waiting at most.")] | None = None
+    prices: Prices | None = None
+
+
+OPTIONAL_FIELDS: Final = ("description", "auto_load", "max_in_flight", "max_queued", "prices")
+"""Fields of a configuration that appear in answers only if they were set."""
+
+
+class Configuration(ModelConfigRequest):
+    """A stored configuration."""
+
+    config_id: str
+    declared: bool = False
+
+    def to_wire(self) -> dict[str, Any]:
+        """Give the JSON object of the configuration, identifiers first."""
+        fields: dict[str, Any] = {
+            "config_id": self.config_id,
+            "model_id": self.model_id,
+            "model_name": self.model_name,
+            "model_type": self.model_type,
+            "model_kwargs": self.model_kwargs,
+        }
+        fields |= {k: v for k, v in self.model_dump(include=set(OPTIONAL_FIELDS)).items() if v is not None}
+        if self.declared:
+            fields["declared"] = True
+        return fields
+
+    def request(self) -> ModelConfigRequest:
+        """Give the part that a client sends."""
+        return ModelConfigRequest.model_validate(self.model_dump(exclude={"config_id", "declared"}))
+
+
+class GenerationParameters(Strict):
+    """Generation defaults of a configuration; a request's own parameters win."""
+
+    temperature: (
+        Annotated[float, Field(ge=0, le=2, strict=False, description="Randomness; 0 takes the likeliest token.")] | None
+    ) = None
+    top_p: (
+        Annotated[
+            float,
+            Field(
+                gt=0,
+                le=1,
+                strict=False,
+                description="Sample from the likeliest tokens of this total probability.",
+            ),
+        ]
+        | None
+    ) = None
+    max_tokens: Annotated[int, Field(ge=1, description="Tokens of the answer at most.")] | None = None
+    max_completion_tokens: (
+        Annotated[int, Field(ge=1, description="The newer name of `max_tokens` at OpenAI.")] | None
+    ) = None
+    seed: Annotated[int, Field(description="Makes sampling repeatable where the engine can.")] | None = None
+    stop: Annotated[str | list[str], Field(description="The answer ends before any of these texts.")] | None = None
+    presence_penalty: (
+        Annotated[float, Field(ge=-2, le=2, strict=False, description="Positive values favour new topics.")] | None
+    ) = None
+    frequency_penalty: (
+        Annotated[float, Field(ge=-2, le=2, strict=False, description="Positive values avoid repetition.")] | None
+    ) = None
+    top_k: Annotated[int, Field(ge=-1, description="Sample from this many likeliest tokens (vLLM).")] | None = None
+    min_p: (
+        Annotated[
+            float,
+            Field(ge=0, le=1, strict=False, description="Least probability relative to the likeliest (vLLM)."),
+        ]
+        | None
+    ) = None
+    repetition_penalty: (
+        Annotated[float, Field(gt=0, strict=False, description="Above 1 avoids repetition (vLLM).")] | None
+    ) = None
+    min_tokens: Annotated[int, Field(ge=0, description="Tokens of the answer at least (vLLM).")] | None = None
+    reasoning_effort: (
+        Annotated[
+            Literal["none", "minimal", "low", "medium", "high", "xhigh"],
+            Field(description="How long a reasoning model thinks."),
+        ]
+        | None
+    ) = None
+    response_format: (
+        Annotated[dict[str, JsonValue], Field(description="For example a JSON schema that the answer follows.")] | None
+    ) = None
+    logprobs: Annotated[bool | int, Field(description="Return log probabilities.")] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(description="Bias of tokens by their ID.")] | None = None
+
+
+# -- live state --------------------------------------------------------------------------------------------
+
+
+class Memory(Wire):
+    """What a model's processes hold."""
+
+    pss_bytes: int | None = None
+    gpu_bytes: int | None = None
+    verified: bool = False
+    reason: str | None = None
+
+
+class Capabilities(Wire):
+    """What a loaded model can do; null where it is not known."""
+
+    api: API | None = None
+    embeddings: bool | None = None
+    tools: bool | None = None
+    vision: bool | None = None
+    max_model_len: int | None = None
+
+
+class ModelError(Wire):
+    """Why a model failed."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    fix: dict[str, Any] | None = None
+    log_tail: list[str] = []
+
+
+class Model(Wire):
+    """The live side of a configuration."""
+
+    model_id: str
+    config_id: str
+    model_name: str
+    model_type: str
+    status: Status = "unloaded"
+    reason: str | None = None
+    phase: Phase | None = None
+    progress: float | None = None
+    elapsed_seconds: float | None = None
+    eta_seconds: float | None = None
+    load_seconds: float | None = None
+    loaded_at: datetime | None = None
+    last_used_at: datetime | None = None
+    expires_at: datetime | None = None
+    in_flight: int = 0
+    queued: int = 0
+    memory: Memory = Memory()
+    capabilities: Capabilities = Capabilities()
+    owner: str | None = None
+    error: ModelError | None = None
+
+
+class Snapshot(Wire):
+    """Answer of ``GET /llm/models/``."""
+
+    epoch: str
+    revision: int
+    models: list[Model]
+
+
+class Health(Wire):
+    """Answer of ``GET /llm/health``."""
+
+    status: Literal["ok", "degraded", "stopping"]
+    version: str
+    api_version: str
+    epoch: str
+    problems: list[str] = []
+
+
+# -- inference ---------------------------------------------------------------------------------------------
+
+
+class InferenceRequest(Strict):
+    """Body of ``POST /llm/inference/``."""
+
+    model_id: ModelId
+    prompt: str
+    inference_kwargs: Annotated[
+        dict[str, JsonValue],
+        Field(description="OpenAI's generation parameters, and `stream`, `system`, `messages`, `request_id`."),
+    ] = {}
+
+
+class InferenceOptions(BaseModel):
+    """The keys of ``inference_kwargs`` that llmkit itself reads; all others are for the engine."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    stream: bool = False
+    system: str | None = None
+    messages: list[dict[str, JsonValue]] | None = None
+    request_id: RequestId | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+
+
+class Usage(Wire):
+    """Tokens of one request."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+
+
+class Timings(Wire):
+    """Seconds of one request; `first_token` is null where the answer came in one piece."""
+
+    queue: float
+    load: float
+    first_token: float | None
+    total: float
+    tokens_per_second: float | None
+
+
+class Cost(Wire):
+    """Price of one request."""
+
+    amount: float
+    currency: str
+
+
+class InferenceAnswer(Wire):
+    """Answer of ``POST /llm/inference/``, and the last frame of its stream."""
+
+    response: str
+    model_id: str
+    request_id: str
+    finish_reason: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    usage: Usage | None = None
+    timings: Timings
+    cost: Cost | None = None
