@@ -75,8 +75,8 @@ class Wire(BaseModel):
 class Prices(Strict):
     """Price of a million tokens."""
 
-    input: Annotated[float, Field(ge=0, strict=False, description="A million prompt tokens.")]
-    output: Annotated[float, Field(ge=0, strict=False, description="A million answer tokens.")]
+    input: float = Field(ge=0, description="A million prompt tokens.")
+    output: float = Field(ge=0, description="A million answer tokens.")
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
 
 
@@ -90,10 +90,10 @@ class ModelConfigRequest(Strict):
         dict[str, JsonValue],
         Field(description="Engine arguments and generation defaults: flat, or nested under `engine` and `generation`."),
     ] = {}
-    description: Annotated[str, StringConstraints(max_length=2000)] | None = None
-    auto_load: Annotated[bool, Field(description="Load at the first request.")] | None = None
-    max_in_flight: Annotated[int, Field(ge=1, le=10_000, description="Requests running at once.")] | None = None
-    max_queued: Annotated[int, Field(ge=0, le=100_000, description="Requests waiting at most.")] | None = None
+    description: str | None = Field(None, max_length=2000, description="For people.")
+    auto_load: bool | None = Field(None, description="Load at the first request.")
+    max_in_flight: int | None = Field(None, ge=1, le=10_000, description="Requests running at once.")
+    max_queued: int | None = Field(None, ge=0, le=100_000, description="Requests waiting at most.")
     prices: Prices | None = None
 
 
@@ -129,58 +129,27 @@ class Configuration(ModelConfigRequest):
 class GenerationParameters(Strict):
     """Generation defaults of a configuration; a request's own parameters win."""
 
-    temperature: (
-        Annotated[float, Field(ge=0, le=2, strict=False, description="Randomness; 0 takes the likeliest token.")] | None
-    ) = None
-    top_p: (
-        Annotated[
-            float,
-            Field(
-                gt=0,
-                le=1,
-                strict=False,
-                description="Sample from the likeliest tokens of this total probability.",
-            ),
-        ]
-        | None
-    ) = None
-    max_tokens: Annotated[int, Field(ge=1, description="Tokens of the answer at most.")] | None = None
-    max_completion_tokens: (
-        Annotated[int, Field(ge=1, description="The newer name of `max_tokens` at OpenAI.")] | None
-    ) = None
-    seed: Annotated[int, Field(description="Makes sampling repeatable where the engine can.")] | None = None
-    stop: Annotated[str | list[str], Field(description="The answer ends before any of these texts.")] | None = None
-    presence_penalty: (
-        Annotated[float, Field(ge=-2, le=2, strict=False, description="Positive values favour new topics.")] | None
-    ) = None
-    frequency_penalty: (
-        Annotated[float, Field(ge=-2, le=2, strict=False, description="Positive values avoid repetition.")] | None
-    ) = None
-    top_k: Annotated[int, Field(ge=-1, description="Sample from this many likeliest tokens (vLLM).")] | None = None
-    min_p: (
-        Annotated[
-            float,
-            Field(ge=0, le=1, strict=False, description="Least probability relative to the likeliest (vLLM)."),
-        ]
-        | None
-    ) = None
-    repetition_penalty: (
-        Annotated[float, Field(gt=0, strict=False, description="Above 1 avoids repetition (vLLM).")] | None
-    ) = None
-    min_tokens: Annotated[int, Field(ge=0, description="Tokens of the answer at least (vLLM).")] | None = None
-    reasoning_effort: (
-        Annotated[
-            Literal["none", "minimal", "low", "medium", "high", "xhigh"],
-            Field(description="How long a reasoning model thinks."),
-        ]
-        | None
-    ) = None
-    response_format: (
-        Annotated[dict[str, JsonValue], Field(description="For example a JSON schema that the answer follows.")] | None
-    ) = None
-    logprobs: Annotated[bool | int, Field(description="Return log probabilities.")] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(description="Bias of tokens by their ID.")] | None = None
+    temperature: float | None = Field(None, ge=0, le=2, description="Randomness; 0 takes the likeliest token.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Sample from the likeliest tokens that have this total probability."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer at most.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
+    seed: int | None = Field(None, description="Makes sampling repeatable where the engine can.")
+    stop: str | list[str] | None = Field(None, description="The answer ends before any of these texts.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Positive values favour new topics.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Positive values avoid repetition.")
+    top_k: int | None = Field(None, ge=-1, description="Sample from this many likeliest tokens (vLLM).")
+    min_p: float | None = Field(None, ge=0, le=1, description="Least probability relative to the likeliest (vLLM).")
+    repetition_penalty: float | None = Field(None, gt=0, description="Above 1 avoids repetition (vLLM).")
+    min_tokens: int | None = Field(None, ge=0, description="Tokens of the answer at least (vLLM).")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="How long a reasoning model thinks."
+    )
+    response_format: dict[str, JsonValue] | None = Field(
+        None, description="For example a JSON schema that the answer follows."
+    )
+    logit_bias: dict[str, float] | None = Field(None, description="Bias of tokens by their ID.")
 
 
 # -- live state --------------------------------------------------------------------------------------------

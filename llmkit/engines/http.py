@@ -7,15 +7,17 @@ bounded, compressed ones are neither asked for nor unpacked, and keys are blanke
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from pydantic_core import to_json
 
 from llmkit.engines.base import Endpoint
 from llmkit.errors import (
@@ -34,6 +36,7 @@ from llmkit.errors import (
 MAX_ANSWER_BYTES = 64 << 20
 MAX_ERROR_BYTES = 64 << 10
 MAX_EVENT_BYTES = 4 << 20
+MAX_PIECE_BYTES = 256 << 10
 CONNECT_SECONDS = 10.0
 # uvicorn closes an idle connection after 5 s; who keeps it longer writes into a closed one.
 KEEP_ALIVE_SECONDS = 4.0
@@ -43,6 +46,7 @@ _CONTEXT_WORDS = re.compile(
     re.IGNORECASE,
 )
 _KEY_RUN = 8
+_JSON = {"Content-Type": "application/json"}
 
 
 def redact(text: str, key: str | None) -> str:
@@ -143,12 +147,20 @@ class EngineHTTP:
     @asynccontextmanager
     async def _open(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self.endpoint.base_url.rstrip("/") + path
+        encoded = None if body is None else to_json(body)
+
+        def send() -> Awaitable[aiohttp.ClientResponse]:
+            # A file is sent piece by piece; bytes of a large prompt in one piece would hold up the event loop.
+            data = io.BytesIO(encoded) if encoded and len(encoded) > MAX_PIECE_BYTES else encoded
+            headers = _JSON if encoded else None
+            return self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
+
         try:
             try:
-                response = await self._session.request(method, url, json=body, allow_redirects=False)
+                response = await send()
             except aiohttp.ClientConnectionResetError:
                 # A kept connection that the engine had closed: nothing was sent, so once more is safe.
-                response = await self._session.request(method, url, json=body, allow_redirects=False)
+                response = await send()
             async with response:
                 yield response
         except (TimeoutError, aiohttp.ServerTimeoutError) as error:

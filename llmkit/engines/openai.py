@@ -23,7 +23,9 @@ from llmkit.schemas import Capabilities, Configuration, Memory, Strict
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 DEFAULT_TIMEOUT_SECONDS = 600.0
 _REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+# Printable ASCII only: anything else could not stand in a header.
 _HeaderText = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$")]
+_Key = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,4096}$")]
 
 
 class SecretMark(Strict):
@@ -36,54 +38,31 @@ class SecretMark(Strict):
 class OpenAIArguments(Strict):
     """Engine arguments of an ``openai`` model."""
 
-    base_url: (
-        Annotated[
-            str,
-            StringConstraints(max_length=2048),
-            Field(
-                description="The address, usually ending in /v1. Default: OPENAI_BASE_URL of the server, or OpenAI.",
-                json_schema_extra={"group": "essential"},
-            ),
-        ]
-        | None
-    ) = None
-    api_key: (
-        Annotated[
-            # Printable ASCII only: anything else could not stand in a header.
-            Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,4096}$")] | SecretMark,
-            Field(
-                description="env:NAME names a variable of the server; anything else is a key, kept by the server.",
-                json_schema_extra={"group": "essential", "secret": True},
-            ),
-        ]
-        | None
-    ) = None
-    api: (
-        Annotated[
-            Literal["auto", "chat", "completions"],
-            Field(description="The API that prompts go to; auto is chat.", json_schema_extra={"group": "other"}),
-        ]
-        | None
-    ) = None
-    organization: (
-        Annotated[_HeaderText, Field(description="OpenAI organization.", json_schema_extra={"group": "other"})] | None
-    ) = None
-    project: (
-        Annotated[_HeaderText, Field(description="OpenAI project.", json_schema_extra={"group": "other"})] | None
-    ) = None
-    timeout: (
-        Annotated[
-            float,
-            Field(
-                gt=0,
-                le=86400,
-                strict=False,
-                description="Seconds without a sign of life before a request is given up.",
-                json_schema_extra={"group": "other"},
-            ),
-        ]
-        | None
-    ) = None
+    base_url: str | None = Field(
+        None,
+        max_length=2048,
+        description="The address, usually ending in /v1. Default: OPENAI_BASE_URL of the server, or OpenAI.",
+        json_schema_extra={"group": "essential"},
+    )
+    api_key: _Key | SecretMark | None = Field(
+        None,
+        description="env:NAME names a variable of the server; anything else is a key, which the server keeps.",
+        json_schema_extra={"group": "essential", "secret": True},
+    )
+    api: Literal["auto", "chat", "completions"] | None = Field(
+        None, description="The API that prompts go to; auto is chat.", json_schema_extra={"group": "other"}
+    )
+    organization: _HeaderText | None = Field(
+        None, description="OpenAI organization.", json_schema_extra={"group": "other"}
+    )
+    project: _HeaderText | None = Field(None, description="OpenAI project.", json_schema_extra={"group": "other"})
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="Seconds without a sign of life after which a request is given up.",
+        json_schema_extra={"group": "other"},
+    )
 
 
 class OpenAIEngineType:

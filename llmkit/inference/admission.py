@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from llmkit.errors import LLMKitError, QueueFull
 
@@ -33,7 +33,7 @@ class Admission:
         """Requests waiting now."""
         return len(self._waiting)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Hold one of the running places, after waiting for it.
 
@@ -69,7 +69,8 @@ class Admission:
                 self.in_flight -= 1
                 self._wake()
             else:
-                self._waiting.remove(place)
+                with contextlib.suppress(ValueError):  # `_wake` may have passed it over already
+                    self._waiting.remove(place)
             raise
 
     def _wake(self) -> None:

@@ -1,0 +1,293 @@
+"""The life of one model, with an engine that waits for the test at every step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+import pytest
+from scripted_engine import ScriptedEngine, ScriptedEngineType
+
+from llmkit.engines.base import EngineContext
+from llmkit.errors import (
+    EngineGone,
+    LoadCancelled,
+    LoadFailed,
+    ModelNotLoaded,
+    ModelUnloaded,
+    QueueFull,
+)
+from llmkit.registry.model import Model, Running
+from llmkit.schemas import Configuration
+
+LOG = logging.getLogger("test")
+
+
+class Stage:
+    """A model, its engines, and every change it told."""
+
+    def __init__(self, folder: Path, *, max_in_flight: int = 4, max_queued: int = 4) -> None:
+        self.engine_type = ScriptedEngineType()
+        self.changes: list[tuple[str, str]] = []
+        configuration = Configuration(config_id="c", model_id="m", model_name="n", model_type="scripted")
+        log_file = folder / "m.log"
+
+        async def make_engine(configuration: Configuration) -> ScriptedEngine:
+            return self.engine_type.create(configuration, EngineContext(folder, log_file, None, LOG))
+
+        self.model = Model(
+            configuration,
+            make_engine,
+            log_file,
+            lambda model, change: self.changes.append((change, model.status)),
+            max_in_flight=max_in_flight,
+            max_queued=max_queued,
+            logger=LOG,
+        )
+
+    @property
+    def engine(self) -> ScriptedEngine:
+        return self.engine_type.engines[-1]
+
+    async def until_engine(self) -> ScriptedEngine:
+        while not self.engine_type.engines:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return self.engine
+
+    async def loaded(self) -> None:
+        self.engine_type.ready = True
+        await self.model.ensure_loaded()
+
+
+async def test_callers_of_load_share_one_start(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    callers = [asyncio.create_task(stage.model.ensure_loaded()) for _ in range(5)]
+    (await stage.until_engine()).ready.set()
+    await asyncio.gather(*callers)
+    assert len(stage.engine_type.engines) == 1
+    assert stage.model.status == "loaded"
+    await stage.model.ensure_loaded()
+    assert len(stage.engine_type.engines) == 1
+    await stage.model.unload()
+
+
+async def test_a_caller_that_leaves_does_not_end_the_load_of_the_others(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    leaver, stayer = (asyncio.create_task(stage.model.ensure_loaded()) for _ in range(2))
+    engine = await stage.until_engine()
+    leaver.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await leaver
+    engine.ready.set()
+    await stayer
+    assert stage.model.status == "loaded"
+    await stage.model.unload()
+
+
+async def test_status_and_phase_are_told_from_the_first_moment(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.model.start_loading()
+    assert stage.model.snapshot().status == "loading"
+    assert stage.model.snapshot().phase == "queued"
+    await stage.until_engine()
+    assert (stage.model.snapshot().phase, stage.model.snapshot().progress) == ("weights", 0.5)
+    stage.engine.ready.set()
+    await stage.model.ensure_loaded()
+    snapshot = stage.model.snapshot()
+    assert (snapshot.phase, snapshot.progress) == ("ready", 1.0)
+    assert snapshot.memory.pss_bytes == 1000
+    assert snapshot.load_seconds is not None
+    assert stage.changes == [("status", "loading"), ("progress", "loading"), ("status", "loaded")]
+    await stage.model.unload()
+
+
+async def test_unload_during_a_load_cancels_it_for_everybody(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    caller = asyncio.create_task(stage.model.ensure_loaded())
+    engine = await stage.until_engine()
+    freed = await stage.model.unload()
+    assert freed.verified
+    assert (stage.model.status, engine.stops) == ("unloaded", 1)
+    with pytest.raises(LoadCancelled):
+        await caller
+
+
+async def test_unload_while_a_failed_load_is_cleaned_up_still_stops_the_engine(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    caller = asyncio.create_task(stage.model.ensure_loaded())
+    engine = await stage.until_engine()
+    engine.failure = LoadFailed("no")
+    engine.may_stop.clear()
+    engine.ready.set()
+    await asyncio.sleep(0.01)  # now inside the stop that follows the failure
+    unloading = asyncio.create_task(stage.model.unload())
+    await asyncio.sleep(0.01)
+    engine.may_stop.set()
+    await unloading
+    assert (stage.model.status, engine.stops) == ("unloaded", 1)
+    with pytest.raises(LoadCancelled):
+        await caller
+
+
+async def test_unload_is_idempotent_in_every_status(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    assert (await stage.model.unload()).verified
+    await stage.loaded()
+    first, second = await asyncio.gather(stage.model.unload(), stage.model.unload())
+    assert first == second
+    assert stage.engine.stops == 1
+    assert (await stage.model.unload()).reason == "not loaded"
+
+
+async def test_a_load_asked_for_during_an_unload_starts_after_it(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    first = stage.engine
+    first.may_stop.clear()
+    unloading = asyncio.create_task(stage.model.unload())
+    await asyncio.sleep(0)
+    loading = asyncio.create_task(stage.model.ensure_loaded())
+    await asyncio.sleep(0.01)
+    assert stage.model.status == "unloading"
+    first.may_stop.set()
+    await asyncio.gather(unloading, loading)
+    assert stage.model.status == "loaded"
+    assert stage.engine is not first
+    await stage.model.unload()
+
+
+async def test_a_failed_load_tells_every_caller_why_and_can_be_tried_again(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    (tmp_path / "m.log").write_text("\n".join(f"line {i}" for i in range(80)))
+    callers = [asyncio.create_task(stage.model.ensure_loaded()) for _ in range(2)]
+    engine = await stage.until_engine()
+    engine.failure = LoadFailed("Out of memory.", hint="Use less.", details={"fix": {"max_model_len": 8}})
+    engine.ready.set()
+    for caller in callers:
+        with pytest.raises(LoadFailed, match="Out of memory"):
+            await caller
+    error = stage.model.snapshot().error
+    assert error is not None
+    assert (error.code, error.hint, error.fix) == ("load_failed", "Use less.", {"max_model_len": 8})
+    assert error.log_tail[-1] == "line 79"
+    assert len(error.log_tail) == 50
+    assert engine.stops == 1
+    await stage.loaded()
+    assert stage.model.snapshot().error is None
+    await stage.model.unload()
+
+
+async def test_an_engine_that_raises_something_unexpected_fails_the_model_only(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    caller = asyncio.create_task(stage.model.ensure_loaded())
+    engine = await stage.until_engine()
+    engine.failure = ZeroDivisionError("secret words")
+    engine.ready.set()
+    with pytest.raises(EngineGone, match="ZeroDivisionError") as caught:
+        await caller
+    assert "secret words" not in str(caught.value)
+    assert stage.model.status == "failed"
+
+
+async def test_unload_forgets_a_failure(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    caller = asyncio.create_task(stage.model.ensure_loaded())
+    engine = await stage.until_engine()
+    engine.failure = LoadFailed("no")
+    engine.ready.set()
+    with pytest.raises(LoadFailed):
+        await caller
+    await stage.model.unload()
+    assert stage.model.status == "unloaded"
+    assert stage.model.snapshot().error is None
+
+
+async def test_an_engine_that_ends_by_itself_fails_the_model_and_its_requests(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+
+    async def request() -> None:
+        async with stage.model.use(Running("r")):
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(request())
+    await asyncio.sleep(0)
+    assert stage.model.snapshot().in_flight == 1
+    stage.engine.ended.set()
+    with pytest.raises(EngineGone, match="signal 9"):
+        await running
+    while stage.model.status == "loaded":
+        await asyncio.sleep(0)
+    assert stage.model.status == "failed"
+    assert stage.engine.stops == 1
+    assert stage.model.snapshot().in_flight == 0
+
+
+async def test_unload_ends_running_and_waiting_requests(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, max_in_flight=1)
+    await stage.loaded()
+
+    async def request(name: str) -> None:
+        async with stage.model.use(Running(name)):
+            await asyncio.Event().wait()
+
+    requests = [asyncio.create_task(request(name)) for name in "ab"]
+    await asyncio.sleep(0)
+    assert (stage.model.snapshot().in_flight, stage.model.snapshot().queued) == (1, 1)
+    await stage.model.unload()
+    for outcome in await asyncio.gather(*requests, return_exceptions=True):
+        assert isinstance(outcome, ModelUnloaded)
+
+
+async def test_drain_lets_a_running_request_finish(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    finish = asyncio.Event()
+
+    async def request() -> str:
+        async with stage.model.use(Running("r")):
+            await finish.wait()
+            return "whole"
+
+    running = asyncio.create_task(request())
+    await asyncio.sleep(0)
+    unloading = asyncio.create_task(stage.model.unload(drain=30))
+    await asyncio.sleep(0.01)
+    with pytest.raises(ModelNotLoaded):
+        async with stage.model.use(Running("late")):
+            pass
+    finish.set()
+    assert await running == "whole"
+    await asyncio.wait_for(unloading, 5)
+
+
+async def test_a_full_queue_says_so_and_loses_nobody(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, max_in_flight=1, max_queued=1)
+    await stage.loaded()
+    order: list[str] = []
+    hold = asyncio.Event()
+
+    async def request(name: str) -> None:
+        async with stage.model.use(Running(name)):
+            order.append(name)
+            await hold.wait()
+
+    running = [asyncio.create_task(request(name)) for name in "ab"]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull) as caught:
+        await request("c")
+    assert caught.value.details == {"limit": 1, "queued": 1, "in_flight": 1}
+    hold.set()
+    await asyncio.gather(*running)
+    assert order == ["a", "b"]
+    await stage.model.unload()
+
+
+async def test_a_model_that_is_not_loaded_says_how_to_load_it(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    with pytest.raises(ModelNotLoaded, match="POST /llm/load_model/c"):
+        async with stage.model.use(Running("r")):
+            pass
