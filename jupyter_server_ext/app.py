@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import stat
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from traitlets import Dict, Int, List, Unicode, default
 
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
+from llmkit.process.folders import ServerFolder
 from llmkit.registry.registry import Event, ModelRegistry, Settings
 
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
@@ -84,6 +84,7 @@ class LLMKitApp(ExtensionApp):
         """Register the events; the registry starts with the event loop."""
         self._starting: asyncio.Task[ModelRegistry] | None = None
         self._registry: ModelRegistry | None = None
+        self._folder: ServerFolder | None = None
         for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
             self._server.event_logger.register_event_schema(schema)
 
@@ -114,10 +115,12 @@ class LLMKitApp(ExtensionApp):
 
     async def _start_registry(self) -> ModelRegistry:
         try:
-            run_dir = await asyncio.to_thread(make_run_dir, Path(self.run_dir))
+            folder = self._folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
+            for engine in await asyncio.to_thread(folder.remove_abandoned):
+                self.log.warning("Ended an engine that a killed server had left: %s", engine)
             settings = Settings(
                 state_dir=Path(self.state_dir),
-                run_dir=run_dir,
+                run_dir=folder.path,
                 secret_origins=self.secret_origins,
                 max_in_flight=self.max_in_flight,
                 max_queued=self.max_queued,
@@ -139,12 +142,14 @@ class LLMKitApp(ExtensionApp):
         if starting is None:
             return
         await asyncio.wait([starting])
-        if not starting.cancelled() and starting.exception() is None:
-            try:
+        try:
+            if starting.exception() is None:
                 await starting.result().close()
-            except Exception:
-                # A server that cannot stop is worse than an engine that its guardian ends.
-                self.log.exception("llmkit did not stop as it should.")
+            if self._folder is not None:
+                await asyncio.to_thread(self._folder.remove)
+        except Exception:
+            # A server that cannot stop is worse than an engine that its guardian ends.
+            self.log.exception("llmkit did not stop as it should.")
 
     def current_activity(self) -> int | None:
         """Count loads and requests under way, so that a working server is not culled."""
@@ -174,27 +179,6 @@ class LLMKitApp(ExtensionApp):
             flush=True,
         )
         super().start()  # type: ignore[no-untyped-call]
-
-
-def make_run_dir(base: Path) -> Path:
-    """Make the folder of this server, which only its user can enter; blocks.
-
-    Raises
-    ------
-    OSError
-        If it cannot be made.
-    LLMKitError
-        If somebody else made the folder that it should lie in.
-    """
-    base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid"):
-        found = base.lstat()
-        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
-            raise NotReady(f"{base} belongs to another user.", hint="Set LLMKIT_RUN_DIR to a short path of your own.")
-        base.chmod(0o700)
-    mine = base / f"{os.getpid()}-{os.urandom(3).hex()}"
-    mine.mkdir(mode=0o700)
-    return mine
 
 
 main = LLMKitApp.launch_instance

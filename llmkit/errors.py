@@ -40,7 +40,7 @@ classes, so that a notebook sees the server's words.
     │   └── ServerStopping              server_stopping
     ├── TimedOut                    504 timed_out
     ├── DiskFull                    507 disk_full
-    └── ConnectError                no answer of the server (client only)
+    └── ConnectError                503 connect_error (client only: no server to talk to)
         ├── ServerNotFound              server_not_found
         ├── ExtensionMissing            extension_missing
         ├── RestartNeeded               restart_needed

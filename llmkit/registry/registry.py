@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from llmkit import __version__, schemas
 from llmkit.engines.base import Engine, EngineContext, EngineType, does_not_fit, load_engine_types
@@ -350,7 +351,8 @@ class ModelRegistry:
         if unavailable is not None:
             raise unavailable
         context = EngineContext(
-            run_dir=self._settings.run_dir / configuration.config_id,
+            # Short: the path of a unix socket in it has at most 107 bytes.
+            run_dir=self._settings.run_dir / UUID(configuration.config_id).hex[:12],
             log_file=self._log_file(configuration),
             api_key=await self._stored.api_key(configuration),
             logger=self._log,

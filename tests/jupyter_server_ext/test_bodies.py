@@ -76,7 +76,8 @@ def test_300_mb_without_credentials_fill_no_memory(server: JupyterServer, chunke
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
     before = peak = process.memory_info().rss
     with socket.create_connection((where.hostname, where.port), timeout=30) as connection:
-        connection.sendall(f"POST {where.path}llm/inference HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode())
+        head = f"POST {where.path}llm/inference HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n"
+        connection.sendall(head.encode())
         sent = 0
         # The server answers 403 at once and closes: a client that goes on sending is cut off.
         with contextlib.suppress(ConnectionError):

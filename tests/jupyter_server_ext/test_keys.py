@@ -97,8 +97,8 @@ async def test_the_canary_is_nowhere_but_in_its_file(
             answers.append(await call("POST", "llm/inference", {**PROMPT, "inference_kwargs": {"seed": status}}))
             stream = {"seed": status, "stream": True}
             answers.append(await call("POST", "llm/inference", {**PROMPT, "inference_kwargs": stream}))
-        for path in ("configurations", f"configuration/{config_id}", "models", "models/m", "health", "model_types"):
-            answers.append(await call("GET", f"llm/{path}"))
+        paths = ("configurations", f"configuration/{config_id}", "models", "models/m", "health", "model_types")
+        answers.extend([await call("GET", f"llm/{path}") for path in paths])
         upstream.respond = None
         upstream.key = "another"
         await call("POST", "llm/unload_model/m")
@@ -131,9 +131,9 @@ async def test_get_then_put_keeps_the_key(call: Any) -> None:
 
 async def test_a_key_is_asked_for_again_when_the_address_changes(call: Any) -> None:
     with MockUpstream() as upstream, MockUpstream() as elsewhere:
-        config_id = (
-            await call("POST", "llm/configure_model", with_key(CANARY, base_url=upstream.base_url))
-        ).json["config_id"]
+        config_id = (await call("POST", "llm/configure_model", with_key(CANARY, base_url=upstream.base_url))).json[
+            "config_id"
+        ]
         stored = (await call("GET", f"llm/configuration/{config_id}")).json
         stored["model_kwargs"]["base_url"] = elsewhere.base_url
         body = {k: v for k, v in stored.items() if k != "config_id"}
@@ -196,9 +196,9 @@ async def test_which_variables_may_be_named(
 
 async def test_a_wrong_key_is_refused_with_a_cure(call: Any) -> None:
     with MockUpstream(key="right") as upstream:
-        config_id = (
-            await call("POST", "llm/configure_model", with_key("wrong", base_url=upstream.base_url))
-        ).json["config_id"]
+        config_id = (await call("POST", "llm/configure_model", with_key("wrong", base_url=upstream.base_url))).json[
+            "config_id"
+        ]
         answer = await call("POST", f"llm/load_model/{config_id}")
         assert (answer.status, answer.json["error"]["code"]) == (502, "upstream_refused_key")
         assert "api_key" in answer.json["error"]["hint"]
