@@ -93,6 +93,8 @@ class LLMKitApp(ExtensionApp):
         self.handlers.extend(ROUTES)
 
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
+        if serverapp.starter_app is self:
+            self._print_curl_line()
         try:
             await self.ready()
         except LLMKitError as error:
@@ -162,8 +164,8 @@ class LLMKitApp(ExtensionApp):
 
     # -- jupyter llmkit ------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Say how to reach the server, then run it."""
+    def _print_curl_line(self) -> None:
+        """Say how to reach a server that has nothing but llmkit."""
         server = self._server
         scheme = "https" if server.certfile else "http"
         url = f"{scheme}://{server.ip or 'localhost'}:{server.port}{url_path_join(server.base_url, 'llm/models/')}"
@@ -175,10 +177,8 @@ class LLMKitApp(ExtensionApp):
         else:
             header = '-H "Authorization: token $JUPYTER_TOKEN" '  # the operator's own is not repeated
         print(
-            f"\nllmkit serves {server.base_url}llm on port {server.port}. Try:\n\n    curl {header}{url}\n",
-            flush=True,
+            f"\nllmkit serves {server.base_url}llm on port {server.port}. Try:\n\n    curl {header}{url}\n", flush=True
         )
-        super().start()  # type: ignore[no-untyped-call]
 
 
 main = LLMKitApp.launch_instance
