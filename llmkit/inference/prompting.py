@@ -14,6 +14,7 @@ from llmkit.errors import ParameterForbidden
 from llmkit.schemas import (
     API,
     Cost,
+    GenerationParameters,
     InferenceAnswer,
     InferenceOptions,
     InferenceRequest,
@@ -53,7 +54,9 @@ def read_options(request: InferenceRequest) -> InferenceOptions:
             raise ParameterForbidden(
                 f"`{name}` is not allowed in a request.", param=f"inference_kwargs.{name}", hint=why
             )
+    known = {k: v for k, v in request.inference_kwargs.items() if k in GenerationParameters.model_fields}
     try:
+        GenerationParameters.model_validate(known)  # the engine would say the same, less clearly
         return InferenceOptions.model_validate(request.inference_kwargs)
     except ValidationError as error:
         details = validation_details(error, InferenceOptions, ("inference_kwargs",))

@@ -74,9 +74,9 @@ class ServerFolder:
 
     def remove(self) -> None:
         """Remove the folder, and what is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            os.close(self._lock)
+            os.close(self._lock)  # first: Windows removes no open file
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _try_lock(file: int) -> bool:

@@ -249,6 +249,8 @@ async def test_auto_load_loads_at_the_first_request(call: Any, configure: Any, u
         ({"model": "other"}, "inference_kwargs.model"),
         ({"request_id": "../x"}, "inference_kwargs.request_id"),
         ({"messages": "Hi"}, "inference_kwargs.messages"),
+        ({"temperature": "hot"}, "inference_kwargs.temperature"),
+        ({"max_tokens": 0}, "inference_kwargs.max_tokens"),
     ],
 )
 async def test_what_a_request_may_not_ask_is_refused_never_dropped(
