@@ -42,7 +42,9 @@ def test_the_folder_of_a_living_server_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="engines are kept, and left, on Linux only")
 def test_the_folder_of_a_killed_server_goes_at_the_next_start(tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", MAKE_AND_DIE, str(tmp_path)], capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", MAKE_AND_DIE, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     left = Path(killed.stdout.strip())
     assert killed.returncode == -9
     assert left.exists()

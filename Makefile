@@ -1,0 +1,60 @@
+# Set-up, notebook, tests. Needs Python >= 3.11 with pip, and make. `make help` lists what there is.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.llmkit-ready
+ARGS   ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
+
+# Jupyter refuses to run as root unless it is told that this is meant.
+ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.PHONY: help setup lab demo test test-fast lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## virtual environment in .venv with llmkit, its tools and vLLM; at once if it is there
+
+lab: $(READY)  ## JupyterLab on port 8105 with the quickstart notebook
+	$(BIN)/jupyter lab --port=8105 $(ALLOW_ROOT) $(ARGS) notebooks/quickstart.ipynb
+
+demo: $(READY)  ## the quickstart's work without a browser: question, answer, seconds of each step
+	@$(BIN)/python -m llmkit.demo $(ARGS)
+
+test: $(READY)  ## every test, in tiers; installs Debian's Chromium where it is allowed
+	@$(BIN)/python tests/tiers.py $(ARGS)
+
+test-fast: $(READY)  ## the tests that need neither vLLM nor a browser
+	$(BIN)/python -m pytest -m "not vllm and not browser" $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment, caches and builds
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A file in the environment says that it is complete: a second `make` is instant, an interrupted one goes on.
+$(READY): pyproject.toml llmkit/engines/vllm/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "llmkit needs Python 3.11 or newer; choose one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@rm -f $@
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "Making a virtual environment in $(VENV)"; \
+	  rm -rf $(VENV); \
+	  $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	    : 'Debian keeps what venv needs for pip in a package of its own; the pip that is there can do it too.'; \
+	    rm -rf $(VENV); \
+	    $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; \
+	  } || exit 1; \
+	fi
+	@echo "Installing llmkit and its tools"
+	@$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@$(BIN)/python -m llmkit.engines.vllm.install
+	@touch $@

@@ -1,0 +1,282 @@
+"""The synchronous client: one method for each thing that the server does."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from llmkit.client.connection import Connection
+from llmkit.client.loading import follow
+from llmkit.client.results import Answer, Model, ModelList, ModelType, read_configuration
+from llmkit.client.streaming import AnswerStream
+from llmkit.errors import LLMKitError
+from llmkit.schemas import OPTIONAL_FIELDS, Configuration, Health, Memory, Snapshot
+
+ANSWER_SECONDS = 600.0
+"""So long may a model take until it answers, or between two pieces of a streamed answer."""
+UNLOAD_SECONDS = 60.0
+
+
+class Client:
+    """Configure, load, prompt and unload the models of one Jupyter server.
+
+    Made by `llmkit.connect`. Threads may share it. Every method raises an `LLMKitError` of the class that fits,
+    with the server's words.
+
+    Parameters
+    ----------
+    connection
+        The server; it is closed with the client.
+
+    Examples
+    --------
+    >>> client = llmkit.connect()  # doctest: +SKIP
+    >>> client.configure("demo", "llmkit/demo", "vllm")  # doctest: +SKIP
+    >>> client.load("demo")  # doctest: +SKIP
+    >>> print(client.prompt("demo", "What is the capital of France?"))  # doctest: +SKIP
+    The capital of France is Paris.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    @property
+    def url(self) -> str:
+        """Base URL of the server."""
+        return self.connection.server.url
+
+    def __repr__(self) -> str:
+        return f"<llmkit.Client {self.url}>"
+
+    def close(self) -> None:
+        """Close the connections to the server; the models stay as they are."""
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- configurations ----------------------------------------------------------------------------------------
+
+    def configure(
+        self,
+        model_id: str,
+        model_name: str,
+        model_type: str,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **optional: Any,
+    ) -> Configuration:
+        """Store a new configuration; one that is equal to the stored one changes nothing.
+
+        Parameters
+        ----------
+        model_id
+            Your unique name for the model.
+        model_name
+            What the engine calls it: a hub name, a path, or the name at the remote endpoint.
+        model_type
+            The engine: ``vllm``, ``openai``; see `model_types`.
+        model_kwargs
+            Engine arguments and generation defaults, flat or nested under ``engine`` and ``generation``.
+        **optional
+            ``description``, ``auto_load``, ``max_in_flight``, ``max_queued``, ``prices``.
+
+        Raises
+        ------
+        ConfigurationExists
+            If the ``model_id`` is taken by a different configuration; `update` changes that one.
+        DoesNotFit
+            If a field is wrong; ``details["fields"]`` names each.
+        """
+        body = {
+            "model_id": model_id,
+            "model_name": model_name,
+            "model_type": model_type,
+            "model_kwargs": dict(model_kwargs or {}),
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+        return self.configuration(self.connection.call("POST", "llm/configure_model/", json=body)["config_id"])
+
+    def configurations(self) -> list[Configuration]:
+        """Give every configuration, oldest first."""
+        return [read_configuration(told) for told in self.connection.call("GET", "llm/configurations/")]
+
+    def configuration(self, config_id: str) -> Configuration:
+        """Give one configuration, by its ``config_id``."""
+        return read_configuration(self.connection.call("GET", _path("llm/configuration", config_id)))
+
+    def update(self, model_id: str, *, reload: bool = False, **changes: Any) -> Configuration:
+        """Change a configuration.
+
+        Parameters
+        ----------
+        model_id
+            The model.
+        reload
+            Unload a live model and load it again, where the change asks for that.
+        **changes
+            The fields to change, each as a whole; None takes an optional one away.
+
+        Raises
+        ------
+        ModelIsLoaded
+            If an engine argument of a live model changes, without ``reload``.
+
+        Examples
+        --------
+        >>> client.update("demo", model_kwargs={"temperature": 0.2})  # doctest: +SKIP
+        """
+        stored = self.configuration(self.model(model_id).config_id)
+        body = {k: v for k, v in stored.to_wire().items() if k not in ("config_id", "declared")} | changes
+        body = {k: v for k, v in body.items() if v is not None or k not in OPTIONAL_FIELDS}
+        path = _path("llm/configuration", stored.config_id)
+        params = {"reload": "true"} if reload else None
+        return read_configuration(self.connection.call("PUT", path, json=body, params=params, seconds=UNLOAD_SECONDS))
+
+    def delete(self, model_id: str | None = None, *, config_id: str | None = None, unload: bool = False) -> None:
+        """Delete a configuration and its key.
+
+        Parameters
+        ----------
+        model_id, config_id
+            Either names it.
+        unload
+            Unload the model first, if it is loaded.
+
+        Raises
+        ------
+        ModelIsLoaded
+            If it is loaded, without ``unload``.
+        """
+        if (model_id is None) == (config_id is None):
+            raise TypeError("delete() takes a model_id or a config_id")
+        if config_id is None:
+            config_id = self.model(str(model_id)).config_id
+        params = {"unload": "true"} if unload else None
+        self.connection.call("DELETE", _path("llm/configuration", config_id), params=params, seconds=UNLOAD_SECONDS)
+
+    def model_types(self) -> list[ModelType]:
+        """Give every model type of the server, with the schemas of its arguments."""
+        told = self.connection.call("GET", "llm/model_types/")
+        return [ModelType.model_validate(one) for one in told["model_types"]]
+
+    # -- models ------------------------------------------------------------------------------------------------
+
+    def models(self) -> ModelList:
+        """Give every model as it is now."""
+        told = self.connection.call("GET", "llm/models/")
+        return ModelList(Model.model_validate(one) for one in told["models"])
+
+    def model(self, model_id: str) -> Model:
+        """Give one model as it is now, or raise `ModelNotFound`."""
+        return Model.model_validate(self.connection.call("GET", _path("llm/models", model_id)))
+
+    def snapshot(self) -> Snapshot:
+        """Give every model with the epoch and revision of the registry."""
+        return Snapshot.model_validate(self.connection.call("GET", "llm/models/"))
+
+    def health(self) -> Health:
+        """Give the condition of the server's registry and store."""
+        return Health.model_validate(self.connection.call("GET", "llm/health"))
+
+    def start_loading(self, model_id: str) -> Model:
+        """Start to load a model, and return at once."""
+        path = _path("llm/load_model", self.model(model_id).config_id)
+        return Model.model_validate(self.connection.call("POST", path, params={"wait": "false"}))
+
+    def load(self, model_id: str, *, progress: bool = True) -> Model:
+        """Load a model, and return when it is loaded.
+
+        Interrupting cancels the load.
+
+        Parameters
+        ----------
+        model_id
+            The model.
+        progress
+            Show a progress bar.
+
+        Raises
+        ------
+        LoadFailed, EngineNotInstalled, LoadCancelled
+            Or another error that says why it could not be loaded; the engine's last words are its note.
+        """
+        model = self.start_loading(model_id)
+        if model.status == "loaded":
+            return model
+        try:
+            return follow(self, model_id, progress=progress)
+        except KeyboardInterrupt:
+            self.unload(model_id)
+            raise
+
+    def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
+        """Unload a model, or cancel its load, and say what was freed.
+
+        Parameters
+        ----------
+        model_id
+            The model.
+        drain
+            Seconds that running requests get to finish.
+        """
+        params = {"drain": drain} if drain else None
+        path = _path("llm/unload_model", model_id)
+        told = self.connection.call("POST", path, params=params, seconds=UNLOAD_SECONDS + drain)
+        return Memory.model_validate(told.get("freed") or {})
+
+    # -- prompts -----------------------------------------------------------------------------------------------
+
+    def prompt(self, model_id: str, prompt: str, **inference_kwargs: Any) -> Answer:
+        """Ask a model and give its answer.
+
+        Interrupting ends the generation on the server.
+
+        Parameters
+        ----------
+        model_id
+            A loaded model.
+        prompt
+            What to ask.
+        **inference_kwargs
+            ``system``, ``messages`` and OpenAI's generation parameters, for example ``temperature``, ``max_tokens``.
+
+        Raises
+        ------
+        ModelNotLoaded
+            If it has to be loaded first.
+        """
+        body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
+        return Answer.model_validate(self.connection.call("POST", "llm/inference/", json=body, seconds=ANSWER_SECONDS))
+
+    def stream(self, model_id: str, prompt: str, **inference_kwargs: Any) -> AnswerStream:
+        """Ask a model and give its answer as it comes; the parameters are those of `prompt`."""
+        request_id = str(inference_kwargs.setdefault("request_id", f"req-{uuid.uuid4().hex}"))
+        inference_kwargs["stream"] = True
+        body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
+        return AnswerStream(self, body, request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """End a running request, or raise `RequestNotFound`."""
+        self.connection.call("DELETE", _path("llm/inference", request_id))
+
+    def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+        """Send a prompt whose answer is streamed; for `AnswerStream`."""
+        return self.connection.stream("llm/inference/", body, seconds=ANSWER_SECONDS)
+
+
+def _path(resource: str, name: str) -> str:
+    # A name is one part of a path, whatever is in it; an empty one would be another resource.
+    if not name:
+        raise LLMKitError(f"The name in {resource}/... is empty.")
+    return f"{resource}/{quote(name, safe='')}"

@@ -1,0 +1,248 @@
+"""One Jupyter server as seen from a client: its address, its token, and requests whose errors are llmkit's."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import httpx
+
+from llmkit.errors import ConnectError, LLMKitError, NotAuthenticated, ServerNotFound, TimedOut, from_wire
+
+CONNECT_SECONDS = 5.0
+REQUEST_SECONDS = 30.0
+# What follows the base URL in addresses that people copy from their browser.
+_PAGES = re.compile(r"/(?:lab|tree|notebooks|doc|consoles|edit|llm|login)(?:/.*)?$")
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a Jupyter server is and what opens it.
+
+    Attributes
+    ----------
+    url
+        Base URL with a slash at its end, without a query.
+    token
+        Opens it; None for a server without authentication.
+    verify
+        Whether an ``https`` certificate must be trusted, or the path of the certificate (or of its authority).
+    uds
+        Path of the unix socket that it listens on, if it does.
+    pid
+        Its process, where that is known.
+    """
+
+    url: str
+    token: str | None = field(default=None, repr=False)
+    verify: bool | str = True
+    uds: str | None = None
+    pid: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What authenticates a request."""
+        return {"Authorization": f"token {self.token}"} if self.token else {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine, so that no proxy may stand between."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return self.uds is not None or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost" or host.endswith(".localhost")
+
+
+def parse_url(text: str) -> tuple[str, str | None]:
+    """Take an address apart, also one copied from a browser.
+
+    Returns
+    -------
+    tuple
+        Base URL with a slash at its end, and the token if the address carried one.
+
+    Raises
+    ------
+    ServerNotFound
+        If it is no address of a web server.
+
+    Examples
+    --------
+    >>> parse_url("http://localhost:8888/user/ada/lab/tree/a.ipynb?token=abc")
+    ('http://localhost:8888/user/ada/', 'abc')
+    """
+    try:
+        parts = urlsplit(text.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or parts.scheme not in ("http", "https"):
+        raise ServerNotFound(
+            f"{text.split('?')[0]!r} is no address of a Jupyter server.", hint="It looks like http://localhost:8888/."
+        )
+    if host in ("0.0.0.0", "::"):  # noqa: S104  # a server that listens everywhere is reached here
+        host = "127.0.0.1"
+    netloc = f"[{host}]" if ":" in host else host
+    netloc += f":{port}" if port is not None else ""
+    path = _PAGES.sub("", parts.path).rstrip("/") + "/"
+    token = parse_qs(parts.query).get("token", [None])[0]
+    return urlunsplit((parts.scheme, netloc, path, "", "")), token
+
+
+class Connection:
+    """Requests to one server over kept-alive connections; threads may share it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        # Reading the system's certificates takes longer than a whole request; plain http needs none.
+        verify: bool | ssl.SSLContext = False
+        if server.url.startswith("https:"):
+            verify = _trust_only(server.verify) if isinstance(server.verify, str) else server.verify
+        trust_env = not server.is_local
+        transport = httpx.HTTPTransport(uds=server.uds, verify=verify, trust_env=trust_env) if server.uds else None
+        self._http = httpx.Client(
+            base_url=server.url,
+            headers={**server.headers, "Accept": "application/json"},
+            verify=verify,
+            trust_env=trust_env,
+            transport=transport,
+            follow_redirects=False,
+            timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def raw(self, method: str, path: str, *, seconds: float = REQUEST_SECONDS, **kwargs: Any) -> httpx.Response:
+        """Send a request and give the answer, whatever its status.
+
+        Raises
+        ------
+        ServerNotFound, TimedOut
+            If there is no answer.
+        """
+        timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+        try:
+            try:
+                return self._http.request(method, path, timeout=timeout, **kwargs)
+            except httpx.RemoteProtocolError:
+                # The server closed a kept-alive connection just as it was to be used again.
+                if method != "GET":
+                    raise
+                return self._http.request(method, path, timeout=timeout, **kwargs)
+        except httpx.HTTPError as error:
+            raise self._explain(error) from error
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        seconds: float = REQUEST_SECONDS,
+    ) -> Any:
+        """Send a request and give the JSON of its answer.
+
+        Raises
+        ------
+        LLMKitError
+            What the server said, or that it said nothing.
+        """
+        given = {name: value for name, value in (("json", json), ("params", params)) if value is not None}
+        response = self.raw(method, path, seconds=seconds, **given)
+        if not response.is_success:
+            raise self.error_of(response)
+        return self._json(response)
+
+    @contextmanager
+    def stream(self, path: str, json: Any, *, seconds: float) -> Iterator[httpx.Response]:
+        """Send a request and give the answer while it comes; leaving ends it on the server too.
+
+        Raises
+        ------
+        LLMKitError
+            What the server said, or that it said nothing for so many seconds.
+        """
+        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+        try:
+            with self._http.stream("POST", path, json=json, timeout=timeout) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self.error_of(response)
+                yield response
+        except httpx.HTTPError as error:
+            raise self._explain(error) from error
+
+    def error_of(self, response: httpx.Response) -> LLMKitError:
+        """Give the error that an answer without success stands for."""
+        if response.is_redirect:
+            # Nothing under /llm redirects: this is a page that wants a login.
+            return NotAuthenticated(
+                f"{self.server.url} asks for a login.",
+                hint="Give the server's token: llmkit.connect(url, token=...), or set LLMKIT_TOKEN.",
+            )
+        try:
+            body = response.json()
+        except ValueError:
+            body = f"{self.server.url} answered {response.status_code} {response.reason_phrase}."
+        return from_wire(response.status_code, body)
+
+    def _json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError:
+            raise ConnectError(
+                f"{self.server.url} answered something that is no JSON.",
+                hint="A proxy or a login page may stand before the server.",
+            ) from None
+
+    def _explain(self, error: httpx.HTTPError) -> LLMKitError:
+        url = self.server.url
+        if _is_certificate_error(error):
+            return ConnectError(
+                f"The certificate of {url} is not trusted.",
+                hint="Name it: llmkit.connect(verify='/path/of/certificate.pem'), or set LLMKIT_VERIFY to that path.",
+            )
+        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return TimedOut(f"{url} did not answer in time.", hint="The server may be busy; try again.")
+        return ServerNotFound(
+            f"{url} does not answer.", hint="Is the Jupyter server running? `jupyter server list` shows those that are."
+        )
+
+
+def _trust_only(path: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError):
+        raise ConnectError(
+            f"{path!r} is no readable certificate.", hint="`verify` and LLMKIT_VERIFY take the path of a PEM file."
+        ) from None
+
+
+def _is_certificate_error(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_missing(response: httpx.Response) -> bool:
+    """Say whether an answer to a path of ours shows that no llmkit is there."""
+    if response.status_code != HTTPStatus.NOT_FOUND:
+        return False
+    try:
+        body = response.json()
+    except ValueError:
+        return True
+    return not (isinstance(body, dict) and isinstance(body.get("error"), dict))

@@ -1,0 +1,107 @@
+"""A streamed answer: server-sent events in, pieces of text out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import httpx
+
+from llmkit.client.results import Answer
+from llmkit.errors import EngineGone, RequestNotFound, from_wire
+
+
+class Opener(Protocol):
+    """What a stream asks of its client."""
+
+    def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+        """Send the prompt."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End the request on the server."""
+        ...
+
+
+class AnswerStream(Iterator[str]):
+    """Pieces of an answer as they come.
+
+    Closing it, leaving its ``with`` block, or interrupting its loop ends the generation on the server.
+
+    Attributes
+    ----------
+    request_id
+        Names the request on the server.
+    text
+        What has come so far.
+    answer
+        The whole answer with its usage and timings, once the last piece has been taken; until then None.
+
+    Examples
+    --------
+    >>> for piece in client.stream("demo", "What is the capital of France?"):  # doctest: +SKIP
+    ...     print(piece, end="")
+    """
+
+    def __init__(self, opener: Opener, body: dict[str, Any], request_id: str) -> None:
+        self.request_id = request_id
+        self.text = ""
+        self.answer: Answer | None = None
+        self._opener = opener
+        # It knows nothing of this object: a stream that nobody holds any more is closed at once.
+        self._frames = _frames(opener, body)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            for frame in self._frames:
+                if "response" in frame:
+                    self.answer = Answer.model_validate(frame)
+                elif delta := frame.get("delta"):
+                    self.text += delta
+                    return str(delta)
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the generation on the server, if it still runs; for the thread that reads."""
+        self._frames.close()
+
+    def cancel(self) -> None:
+        """End the generation on the server from any thread; the reader then gets an error."""
+        with contextlib.suppress(RequestNotFound):  # it has ended meanwhile
+            self._opener.cancel(self.request_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _frames(opener: Opener, body: dict[str, Any]) -> Generator[dict[str, Any]]:
+    complete = False
+    with opener.open_stream(body) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data:"):
+                continue  # heartbeats, and the blank lines between frames
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]":
+                complete = True  # the rest is read, so that the connection can be used again
+                continue
+            frame = json.loads(data)
+            if "error" in frame:
+                raise from_wire(0, frame)
+            yield frame
+    if not complete:
+        raise EngineGone("The answer ended before it was complete.", hint="The server may have stopped; ask again.")

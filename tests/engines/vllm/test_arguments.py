@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any, get_args
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from llmkit.engines.base import sort_kwargs
+from llmkit.engines.vllm.arguments import NO_FLAGS, VLLMArguments, to_flags
+from llmkit.engines.vllm.engine import VLLMEngineType
+from llmkit.errors import DoesNotFit
+
+# Prints every option of `vllm serve`, each with what its parser makes of the flags given as arguments.
+REAL_PARSER = """
+import json, sys
+from llmkit.engines.vllm.launch import name_the_cpu_build
+name_the_cpu_build()
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+ServeSubcommand().subparser_init(parser.add_subparsers())
+parsed = vars(parser.parse_args(["serve", "some/model", *sys.argv[1:]]))
+print("parsed", json.dumps({name: repr(value) for name, value in parsed.items()}))
+"""
+
+EVERY_ARGUMENT: dict[str, Any] = {
+    "max_model_len": 128,
+    "dtype": "bfloat16",
+    "quantization": "fp8",
+    "revision": "main",
+    "enforce_eager": True,
+    "gpu_memory_utilization": 0.5,
+    "kv_cache_memory_bytes": 1 << 27,
+    "kv_cache_dtype": "auto",
+    "block_size": 16,
+    "cpu_offload_gb": 1.5,
+    "kv_offloading_size": 2.0,
+    "mm_processor_cache_gb": 1.0,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 256,
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": True,
+    "tensor_parallel_size": 2,
+    "pipeline_parallel_size": 2,
+    "data_parallel_size": 2,
+    "enable_expert_parallel": False,
+    "disable_custom_all_reduce": True,
+    "tokenizer": "some/tokenizer",
+    "tokenizer_mode": "hf",
+    "tokenizer_revision": "v1.0",
+    "load_format": "safetensors",
+    "safetensors_load_strategy": "eager",
+    "seed": 7,
+    "generation_config": "vllm",
+    "max_logprobs": 5,
+    "reasoning_parser": "qwen3",
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+    "chat_template_content_format": "string",
+    "default_chat_template_kwargs": {"enable_thinking": False},
+    "limit_mm_per_prompt": {"image": 2},
+    "scheduling_policy": "priority",
+}
+
+REFUSED = (
+    "trust_remote_code",
+    "worker_cls",
+    "worker_extension_cls",
+    "logits_processors",
+    "scheduler_cls",
+    "middleware",
+    "config",
+    "chat_template",
+    "hf_overrides",
+    "hf_config_path",
+    "hf_token",
+    "download_dir",
+    "tool_parser_plugin",
+    "reasoning_parser_plugin",
+    "allowed_local_media_path",
+    "model_loader_extra_config",
+    "speculative_config",
+    "kv_transfer_config",
+    "log_config_file",
+    "api_key",
+    "host",
+    "port",
+    "uds",
+    "served_model_name",
+    "max-model-len",
+    "max_model_len.x",
+    "--config",
+)
+
+
+def test_every_argument_has_a_description_and_a_group_for_the_form() -> None:
+    properties = VLLMArguments.model_json_schema()["properties"]
+    for name, schema in properties.items():
+        assert schema["description"].endswith("."), name
+        assert schema["group"] in ("essential", "memory", "parallelism", "other"), name
+    assert set(properties) - NO_FLAGS == set(EVERY_ARGUMENT)
+
+
+def test_each_argument_becomes_one_word() -> None:
+    flags = to_flags(VLLMArguments(**EVERY_ARGUMENT))
+    assert len(flags) == len(EVERY_ARGUMENT)
+    assert "--max-model-len=128" in flags
+    assert "--enforce-eager" in flags
+    assert "--no-enable-prefix-caching" in flags
+    assert '--default-chat-template-kwargs={"enable_thinking": false}' in flags
+    assert to_flags(VLLMArguments(max_model_len="auto")) == ["--max-model-len=auto"]
+
+
+def test_what_llmkit_acts_on_itself_and_what_is_null_becomes_no_flag() -> None:
+    assert to_flags(VLLMArguments(api="chat", offline=True, dtype=None)) == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_run_code_or_read_files_cannot_be_asked_for(name: str) -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        sort_kwargs(VLLMEngineType(), {name: "x"})
+    assert caught.value.details["fields"][0]["path"] == f"model_kwargs.{name}"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gpu_memory_utilization": math.nan},
+        {"gpu_memory_utilization": math.inf},
+        {"gpu_memory_utilization": 1.1},
+        {"gpu_memory_utilization": True},
+        {"cpu_offload_gb": -1},
+        {"max_model_len": 0},
+        {"max_model_len": 128.5},
+        {"max_model_len": "128"},
+        {"max_num_seqs": True},
+        {"enforce_eager": "yes"},
+        {"dtype": "int3"},
+        {"tokenizer": "a\nb"},
+        {"tokenizer": ""},
+        {"quantization": "../../x"},
+        {"generation_config": "/etc"},
+        {"load_format": "tensorizer"},
+        {"limit_mm_per_prompt": {"smell": 1}},
+        {"default_chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        {"default_chat_template_kwargs": {"a": {"nested": 1}}},
+    ],
+)
+def test_wrong_values_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        VLLMArguments.model_validate(wrong)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first value takes a second
+@given(
+    st.dictionaries(st.sampled_from(sorted(EVERY_ARGUMENT)), st.text() | st.integers() | st.booleans() | st.floats())
+)
+def test_no_accepted_value_can_become_a_flag_of_its_own(arguments: dict[str, Any]) -> None:
+    try:
+        accepted = VLLMArguments.model_validate(arguments)
+    except ValidationError:
+        return
+    for flag in to_flags(accepted):
+        name = flag.split("=", 1)[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        assert name in arguments
+        assert "\0" not in flag
+        assert "\n" not in flag
+
+
+@pytest.mark.vllm
+def test_the_installed_vllm_has_every_option_and_takes_its_value() -> None:
+    flags = to_flags(VLLMArguments(**EVERY_ARGUMENT))
+    command = [sys.executable, "-c", REAL_PARSER, *flags, "--max-model-len=auto"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("parsed "))
+    parsed = json.loads(line.removeprefix("parsed "))
+    expected = {**EVERY_ARGUMENT, "max_model_len": -1}
+    assert {name: parsed[name] for name in expected} == {name: repr(value) for name, value in expected.items()}
+
+
+def test_choices_that_are_offered_are_written_as_they_are() -> None:
+    for choice in get_args(get_args(VLLMArguments.model_fields["load_format"].annotation)[0]):
+        assert to_flags(VLLMArguments(load_format=choice)) == [f"--load-format={choice}"]

