@@ -20,7 +20,7 @@ help:  ## this list
 setup: $(READY)  ## virtual environment in .venv with llmkit, its tools and vLLM; at once if it is there
 
 lab: $(READY)  ## JupyterLab on port 8105 with the quickstart notebook
-	$(BIN)/jupyter lab --port=8105 $(ALLOW_ROOT) $(ARGS) notebooks/quickstart.ipynb
+	$(BIN)/jupyter lab --port=8105 --LabApp.default_url=/lab/tree/notebooks/quickstart.ipynb $(ALLOW_ROOT) $(ARGS)
 
 demo: $(READY)  ## the quickstart's work without a browser: question, answer, seconds of each step
 	@$(BIN)/python -m llmkit.demo $(ARGS)
