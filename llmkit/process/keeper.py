@@ -131,7 +131,6 @@ class KeptProcess:
         if self._run_dir.exists():
             # A socket of an earlier engine would stop this one; the engine itself, too, if it still runs.
             reap(self._run_dir)
-            remove_run_dir(str(self._run_dir))
         self._run_dir.mkdir(mode=0o700)
 
     # -- watch ---------------------------------------------------------------------------------------------

@@ -62,21 +62,24 @@ def _process(value: Any) -> Process | None:
     return Process(int(pid), int(start))
 
 
-def reap_leftovers(run_root: Path) -> list[Path]:
-    """End the engines that nobody keeps any more, and remove what they left. Blocks.
+def reap_leftovers(server_dir: Path) -> list[Path]:
+    """End the engines that a server which is gone has left without a guardian, and remove their folders. Blocks.
 
     Parameters
     ----------
-    run_root
-        The folder of one server, or the folder that the folders of several servers lie in.
+    server_dir
+        The folder of that server; the folders in it are those of its engines.
 
     Returns
     -------
     list[Path]
         The folder of every engine that was found without a guardian.
     """
-    records = sorted([*run_root.glob(f"*/{RECORD}"), *run_root.glob(f"*/*/{RECORD}")])
-    return [record.parent for record in records if reap(record.parent)]
+    try:
+        folders = sorted(entry for entry in server_dir.iterdir() if entry.is_dir() and not entry.is_symlink())
+    except OSError:
+        return []
+    return [run_dir for run_dir in folders if reap(run_dir)]
 
 
 def reap(run_dir: Path) -> bool:
@@ -87,6 +90,10 @@ def reap(run_dir: Path) -> bool:
     bool
         Whether there was such an engine; False, and nothing done, if its guardian lives.
     """
+    if not (run_dir / RECORD).exists():
+        # The record comes before the first process of the engine, so there has been none.
+        remove_run_dir(str(run_dir))
+        return False
     record = Record.read(run_dir)
     if record is None or record.kept:
         return False

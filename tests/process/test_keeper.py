@@ -149,6 +149,9 @@ async def test_sigterm_to_the_guardian_ends_the_tree_and_a_terminal_cannot(keep:
     await kept.start()
     await until(lambda: len(engine_of(kept)) == 2)
     assert kept.guardian_pid
+    # A terminal reaches sessions, and this one is neither the server's nor the engine's.
+    sessions = {os.getsid(pid) for pid in (0, kept.guardian_pid, *engine_of(kept))}
+    assert len(sessions) == 3
     for signum in (signal.SIGINT, signal.SIGHUP):
         os.kill(kept.guardian_pid, signum)
     await asyncio.sleep(0.3)
@@ -179,7 +182,9 @@ async def test_a_start_that_is_cancelled_leaves_nothing_after_stop(keep: Keep, m
     starting.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await starting
+    started = time.monotonic()
     assert await kept.stop()
+    assert time.monotonic() - started < 1.5
     assert marked(kept.engine_id) == []
     assert not (run_root / "e0").exists()
 

@@ -69,9 +69,7 @@ def test_an_engine_without_server_and_guardian_is_ended(run_root: Path) -> None:
 
 
 async def test_an_engine_whose_guardian_lives_is_left_alone(run_root: Path) -> None:
-    kept = KeptProcess(
-        [*TREE, "2"], dict(os.environ), run_dir=run_root / "server" / "engine", log_file=run_root / "log"
-    )
+    kept = KeptProcess([*TREE, "2"], dict(os.environ), run_dir=run_root / "engine", log_file=run_root / "log")
     await kept.start()
     await asyncio.to_thread(wait_until, lambda: len(marked(kept.engine_id)) == 3, "the tree is up")
     assert await asyncio.to_thread(reap_leftovers, run_root) == []
@@ -82,8 +80,8 @@ async def test_an_engine_whose_guardian_lives_is_left_alone(run_root: Path) -> N
 def test_the_first_process_is_known_by_its_start_time_where_it_wiped_its_environment(
     run_root: Path, bystander: subprocess.Popen[bytes]
 ) -> None:
-    write_record(run_root / "server" / "engine", engine=identity(bystander.pid))
-    assert reap_leftovers(run_root) == [run_root / "server" / "engine"]
+    write_record(run_root / "engine", engine=identity(bystander.pid))
+    assert reap_leftovers(run_root) == [run_root / "engine"]
     assert bystander.wait(5) == -signal.SIGKILL
 
 
@@ -112,6 +110,14 @@ def test_processes_of_another_engine_are_not_touched(run_root: Path) -> None:
         write_record(run_root / "engine", engine_id="another-engine")
         reap_leftovers(run_root)
         assert other.wait(5) == -signal.SIGKILL
+
+
+def test_a_folder_that_never_had_an_engine_is_removed(run_root: Path) -> None:
+    (run_root / "engine").mkdir()
+    (run_root / "engine" / f"{RECORD}.new").write_text("{")
+    (run_root / "engine.log").write_text("words")
+    assert reap_leftovers(run_root) == []
+    assert list(run_root.iterdir()) == [run_root / "engine.log"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"engine_id": "x"}', '{"engine_id": 1, "boot_id": 2, "guardian": 3}'])
