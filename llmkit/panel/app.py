@@ -1,0 +1,185 @@
+"""The panel itself: finds the server, holds the tabs, follows what happens."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import ipywidgets as w
+
+from llmkit.client import Client, ModelType, Watcher, connect
+from llmkit.errors import LLMKitError
+from llmkit.panel import markup
+from llmkit.panel.configure_tab import ConfigureTab
+from llmkit.panel.desk import Desk
+from llmkit.panel.lane import Lane
+from llmkit.panel.models_tab import ModelsTab
+from llmkit.panel.prompt_tab import PromptTab
+from llmkit.panel.widgets import Kit, assign, beside_cells, close_all, show
+from llmkit.schemas import Snapshot
+
+STYLE = Path(__file__).parent / "static" / "panel.css"
+FIRST_LOOK_SECONDS = 0.8
+MODELS, CONFIGURE, PROMPT = range(3)
+
+
+class Panel(w.VBox):
+    """Every model of the server, in a cell.
+
+    Parameters
+    ----------
+    client
+        The server; by default the one that `llmkit.connect` finds.
+    """
+
+    def __init__(self, client: Client | None = None) -> None:
+        self._given = client
+        self._client: Client | None = None
+        self._watcher: Watcher | None = None
+        self._lane = Lane(self._tick)
+        kit = self._kit = Kit()
+        self._style = kit.html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>")
+        self._header = kit.html(markup.header("connecting", ""))
+        self._card = kit.html()
+        self.try_again = kit.button("Try again", self._on_try_again, style="primary", tip="Look for the server again")
+        self._no_server = kit.row(self._card, self.try_again, name="llmkit-no-server")
+        self._body = kit.box(name="llmkit-body")
+        self.models: ModelsTab | None = None
+        self.configure: ConfigureTab | None = None
+        self.prompt: PromptTab | None = None
+        self._tabs: w.Tab | None = None
+        # 0 asks the browser to count the views: a panel that nobody sees follows nothing.
+        super().__init__([self._style, self._header, self._no_server, self._body], _view_count=0)
+        self.add_class("llmkit-panel")
+        show(self._no_server, visible=False)
+        beside_cells(self)
+        self.observe(self._on_views, "_view_count")
+        self._looked = threading.Event()
+        self._lane.call(self._find)
+        # What is shown first is usually complete then, so that nothing jumps.
+        self._looked.wait(FIRST_LOOK_SECONDS)
+
+    def __repr__(self) -> str:
+        return "llmkit panel (run this cell to show it)"
+
+    def close(self) -> None:
+        """End the panel's threads and take it away."""
+        self._lane.call(self._leave)
+        self._lane.close()
+        for child in self.children:
+            close_all(child)
+        super().close()
+
+    # -- the server --------------------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        assign(self.try_again, disabled=True)
+        given = self._given
+
+        def work() -> tuple[Client, Snapshot, list[ModelType]]:
+            client = given or connect()
+            try:
+                return client, client.snapshot(), client.model_types()
+            except BaseException:
+                if given is None:
+                    client.close()
+                raise
+
+        self._lane.ask(work, lambda found: self._found(*found), self._not_found)
+
+    def _found(self, client: Client, snapshot: Snapshot, types: list[ModelType]) -> None:
+        assign(self.try_again, disabled=False)
+        show(self._no_server, visible=False)
+        self._client = client
+        self._build(client)
+        assign(self._header, value=markup.header("connected", client.url))
+        if self.models and self.configure:
+            self.models.offer(types)
+            self.configure.offer(types)
+        self._show(snapshot)
+        self._looked.set()
+        self._watch()
+
+    def _not_found(self, error: LLMKitError) -> None:
+        assign(self.try_again, disabled=False)
+        assign(self._header, value=markup.header("lost", ""))
+        assign(self._card, value=markup.no_server(error))
+        show(self._no_server, visible=True)
+        self._looked.set()
+
+    def _on_try_again(self) -> None:
+        self._lane.call(self._find)
+
+    def _build(self, client: Client) -> None:
+        desk = Desk(
+            client,
+            self._lane,
+            self._kit,
+            open_configure=lambda: self._open(CONFIGURE),
+            open_models=lambda: self._open(MODELS),
+            open_prompt=self._open_prompt,
+        )
+        self.models, self.configure, self.prompt = ModelsTab(desk), ConfigureTab(desk), PromptTab(desk)
+        tabs = [self.models.widget, self.configure.widget, self.prompt.widget]
+        self._tabs = self._kit.make(w.Tab, tabs, titles=("Models", "Configure", "Prompt"), selected_index=MODELS)
+        beside_cells(self._tabs)
+        self._body.children = (self._tabs,)
+
+    def _open(self, tab: int) -> None:
+        if self._tabs is not None:
+            self._tabs.selected_index = tab
+
+    def _open_prompt(self, model_id: str) -> None:
+        if self.prompt is not None:
+            self.prompt.choose(model_id)
+        self._open(PROMPT)
+
+    # -- following ---------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        self._unwatch()
+        if self._client is not None:
+            self._watcher = Watcher(self._client)
+            self._watcher.subscribe(lambda watcher: self._lane.call(lambda: self._follow(watcher)))
+
+    def _unwatch(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            self._lane.ask(watcher.close)
+
+    def _leave(self) -> None:
+        watcher, client = self._watcher, self._client
+        self._watcher = self._client = None
+
+        def work() -> None:
+            if watcher is not None:
+                watcher.close()
+            if client is not None and self._given is None:
+                client.close()
+
+        self._lane.ask(work)
+
+    def _follow(self, watcher: Watcher) -> None:
+        if watcher is not self._watcher or self._client is None:
+            return
+        assign(self._header, value=markup.header(watcher.state, self._client.url))
+        connected = watcher.state == "connected"
+        (self._body.remove_class if connected else self._body.add_class)("llmkit-stale")
+        if connected and watcher.snapshot is not None:
+            self._show(watcher.snapshot)
+
+    def _show(self, snapshot: Snapshot) -> None:
+        if self.models and self.prompt:
+            self.models.update(snapshot)
+            self.prompt.update(snapshot)
+            self._lane.ticking = self.models.loading
+
+    def _tick(self) -> None:
+        if self.models:
+            self.models.tick()
+
+    def _on_views(self, change: dict[str, int]) -> None:
+        if change["new"] == 0:
+            self._lane.call(self._unwatch)
+        elif change["old"] == 0:
+            self._lane.call(lambda: None if self._watcher else self._watch())

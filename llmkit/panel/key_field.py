@@ -1,0 +1,70 @@
+"""A field for a key, which is in no widget state and in no saved notebook."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+from llmkit.errors import LLMKitError, TimedOut
+
+ANSWER_SECONDS = 5.0
+
+
+class KeyField(anywidget.AnyWidget):
+    """Keeps what is typed in the browser until `collect` asks for it; then the browser forgets it.
+
+    Parameters
+    ----------
+    label
+        What the field is called.
+    placeholder
+        What stands in it while it is empty.
+    """
+
+    _esm = Path(__file__).parent / "static" / "key_field.js"
+    label = traitlets.Unicode().tag(sync=True)
+    placeholder = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, label: str, placeholder: str, **values: Any) -> None:
+        self._waiting: dict[int, tuple[Callable[[str], None], threading.Timer]] = {}
+        self._requests = 0
+        super().__init__(label=label, placeholder=placeholder, **values)
+        self.on_msg(self._receive)
+
+    def collect(self, then: Callable[[str], None], failed: Callable[[LLMKitError], None]) -> None:
+        """Ask for what was typed; returns at once.
+
+        Parameters
+        ----------
+        then
+            Called with it, empty if nothing was typed, on another thread.
+        failed
+            Called instead if the browser does not answer.
+        """
+        self._requests += 1
+        request = self._requests
+
+        def give_up() -> None:
+            if self._waiting.pop(request, None) is not None:
+                failed(TimedOut("The key field did not answer.", hint="Reload the page, then run the cell again."))
+
+        timer = threading.Timer(ANSWER_SECONDS, give_up)
+        timer.daemon = True
+        self._waiting[request] = (then, timer)
+        timer.start()
+        self.send({"type": "collect", "request": request})
+
+    def _receive(self, _: Any, content: Any, __: Any) -> None:
+        if not isinstance(content, dict) or content.get("type") != "key":
+            return
+        # The first page that answers is the one; another that shows the same widget comes too late.
+        waiting = self._waiting.pop(content.get("request", 0), None)
+        if waiting is not None:
+            then, timer = waiting
+            timer.cancel()
+            then(str(content.get("value") or ""))

@@ -1,0 +1,136 @@
+"""Pieces of HTML, everything in them escaped."""
+
+from __future__ import annotations
+
+from html import escape
+
+from llmkit.client.loading import PHASES
+from llmkit.client.results import describe_bytes, describe_memory
+from llmkit.errors import LLMKitError
+from llmkit.schemas import Memory, Model, ModelError
+
+STATUS_WORDS = {
+    "unloaded": "Not loaded",
+    "loading": "Loading",
+    "loaded": "Loaded",
+    "unloading": "Unloading",
+    "failed": "Failed",
+}
+
+
+def seconds_in_words(seconds: float) -> str:
+    """Give a duration for a person.
+
+    Examples
+    --------
+    >>> seconds_in_words(0.0042), seconds_in_words(0.234), seconds_in_words(7.25), seconds_in_words(83)
+    ('4 ms', '0.23 s', '7.2 s', '1 min 23 s')
+    """
+    if seconds < 0.1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def model_head(model: Model) -> str:
+    """Give name, status and facts of a model."""
+    facts = [model.model_type, model.model_name]
+    if model.status == "loaded":
+        if model.capabilities.max_model_len:
+            facts.append(f"{model.capabilities.max_model_len:,} tokens of context")
+        if memory := describe_memory(model.memory):
+            facts.append(memory)
+        if model.load_seconds is not None:
+            facts.append(f"loaded in {seconds_in_words(model.load_seconds)}")
+    # Only the status is announced: a reader need not hear the facts again.
+    return (
+        f'<div class="llmkit-name"><span>{escape(model.model_id)}</span> '
+        f'<span class="llmkit-status llmkit-is-{model.status}" role="status">{STATUS_WORDS[model.status]}</span></div>'
+        f'<div class="llmkit-facts">{" · ".join(map(escape, facts))}</div>'
+    )
+
+
+def load_label(model: Model, elapsed: float | None) -> str:
+    """Give phase, share and time of a load."""
+    parts = [PHASES.get(model.phase or "", "Loading")]
+    if model.progress is not None:
+        parts.append(f"{model.progress:.0%}")
+    if elapsed is not None:
+        parts.append(f"{elapsed:.0f} s" if elapsed < 60 else seconds_in_words(elapsed))
+    if model.eta_seconds is not None:
+        parts.append(f"about {seconds_in_words(max(model.eta_seconds, 1))} left")
+    return f'<span class="llmkit-phase">{" · ".join(map(escape, parts))}</span>'
+
+
+def error_card(error: ModelError | LLMKitError) -> str:
+    """Give message, hint and, folded, the end of the engine's log."""
+    log_tail = error.log_tail if isinstance(error, ModelError) else error.details.get("log_tail") or []
+    hint = f'<div class="llmkit-hint">{_lines(error.hint)}</div>' if error.hint else ""
+    log = ""
+    if log_tail:
+        text = escape("\n".join(map(str, log_tail)))
+        log = f'<details><summary>End of the engine\'s log</summary><pre tabindex="0">{text}</pre></details>'
+    return f'<div class="llmkit-card llmkit-card-error" role="alert"><b>{_lines(error.message)}</b>{hint}{log}</div>'
+
+
+def note(text: str) -> str:
+    """Give a line that says what was done."""
+    return f'<div class="llmkit-note" role="status">{escape(text)}</div>'
+
+
+def hint(text: str) -> str:
+    """Give a quiet line that explains."""
+    return f'<div class="llmkit-hint">{escape(text)}</div>'
+
+
+def field_error(text: str) -> str:
+    """Give what is wrong with a field."""
+    return f'<div class="llmkit-field-error" role="alert">{escape(text)}</div>'
+
+
+def freed(memory: Memory) -> str:
+    """Say what an unload gave back."""
+    sizes = [
+        f"{describe_bytes(n)} of {kind}"
+        for n, kind in ((memory.gpu_bytes, "GPU memory"), (memory.pss_bytes, "RAM"))
+        if n
+    ]
+    if not sizes:
+        return f"Unloaded; {memory.reason}." if memory.reason else "Unloaded."
+    return f"Unloaded; freed {' and '.join(sizes)}" + ("." if memory.verified else ", not verified.")
+
+
+def header(state: str, url: str) -> str:
+    """Give the line above the tabs: how the server is, and where."""
+    words = {
+        "connecting": "Connecting …",
+        "connected": "Connected",
+        "reconnecting": "The server does not answer; trying again …",
+        "lost": "No server",
+    }
+    return (
+        f'<div class="llmkit-header"><span class="llmkit-brand">llmkit</span>'
+        f'<span class="llmkit-connection llmkit-is-{state}" role="status">{words[state]}</span>'
+        f'<span class="llmkit-url">{escape(url)}</span></div>'
+    )
+
+
+def no_server(error: LLMKitError) -> str:
+    """Give the card that stands in for everything when there is no server."""
+    tried = error.details.get("tried") or []
+    message = error.message.split("\n")[0].removesuffix(" Tried:")
+    listed = "".join(f"<li>{escape(str(line))}</li>" for line in tried)
+    where = f"<details><summary>What was tried</summary><ul>{listed}</ul></details>" if tried else ""
+    start = "<pre>jupyter lab</pre>" if tried else ""
+    return (
+        f'<div class="llmkit-card llmkit-card-error" role="alert"><b>{escape(message)}</b>'
+        f'<div class="llmkit-hint">{_lines(error.hint or "")}</div>{start}{where}</div>'
+    )
+
+
+def _lines(text: str) -> str:
+    return escape(text).replace("\n", "<br>")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmkit.errors import LoadFailed, ServerNotFound
+from llmkit.panel import markup
+from llmkit.schemas import Capabilities, Memory, Model, ModelError
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+
+
+def model(**fields: Any) -> Model:
+    base = {"model_id": "m", "config_id": "c", "model_name": "n", "model_type": "vllm"}
+    return Model.model_validate({**base, **fields})
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        markup.model_head(model(model_name=HOSTILE, model_type=HOSTILE, model_id=HOSTILE, status="loaded")),
+        markup.error_card(ModelError(code="x", message=HOSTILE, hint=HOSTILE, log_tail=[HOSTILE, HOSTILE])),
+        markup.error_card(LoadFailed(HOSTILE, hint=HOSTILE, details={"log_tail": [HOSTILE]})),
+        markup.no_server(ServerNotFound(HOSTILE, hint=HOSTILE, details={"tried": [HOSTILE]})),
+        markup.note(HOSTILE),
+        markup.hint(HOSTILE),
+        markup.field_error(HOSTILE),
+        markup.note(markup.freed(Memory(reason=HOSTILE))),
+        markup.header("connected", HOSTILE),
+    ],
+)
+def test_whatever_is_said_stays_text(made: str) -> None:
+    assert "<script" not in made
+    assert "<img" not in made
+    assert "&lt;script&gt;" in made
+
+
+def test_a_loaded_model_shows_what_is_known_and_nothing_else() -> None:
+    bare = markup.model_head(model(status="loaded"))
+    assert "Loaded" in bare
+    assert "None" not in bare
+    full = markup.model_head(
+        model(
+            status="loaded",
+            load_seconds=61.5,
+            memory=Memory(pss_bytes=1610612736, gpu_bytes=512 << 20).model_dump(),
+            capabilities=Capabilities(max_model_len=4096).model_dump(),
+        )
+    )
+    for part in ("4,096 tokens", "1.5 GiB RAM", "512 MiB GPU", "loaded in 1 min 2 s"):
+        assert part in full
+
+
+def test_a_load_shows_phase_share_seconds_and_what_is_left() -> None:
+    label = markup.load_label(model(status="loading", phase="weights", progress=0.5, eta_seconds=8), 12.3)
+    assert "Loading the weights · 50% · 12 s · about 8.0 s left" in label
+    assert markup.load_label(model(status="loading"), None) == '<span class="llmkit-phase">Loading</span>'
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (Memory(pss_bytes=1610612736, verified=True), "Unloaded; freed 1.5 GiB of RAM."),
+        (Memory(pss_bytes=1024, gpu_bytes=2048), "Unloaded; freed 2 KiB of GPU memory and 1 KiB of RAM, not verified."),
+        (Memory(reason="runs elsewhere"), "Unloaded; runs elsewhere."),
+        (Memory(), "Unloaded."),
+    ],
+)
+def test_an_unload_says_what_was_freed(memory: Memory, said: str) -> None:
+    assert markup.freed(memory) == said
+
+
+def test_the_end_of_the_log_is_folded_and_readable() -> None:
+    card = markup.error_card(ModelError(code="x", message="no", log_tail=["one", "two"]))
+    assert "<details>" in card
+    assert "one\ntwo" in card
+    assert "<details>" not in markup.error_card(ModelError(code="x", message="no"))
+
+
+def test_without_a_server_the_card_says_what_was_tried_and_what_to_start() -> None:
+    error = ServerNotFound("None was found. Tried:\n  - here", hint="Start one.", details={"tried": ["here: no"]})
+    card = markup.no_server(error)
+    assert "<b>None was found.</b>" in card
+    assert "<li>here: no</li>" in card
+    assert "jupyter lab" in card
