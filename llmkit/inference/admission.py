@@ -64,7 +64,7 @@ class Admission:
         try:
             await place
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
+            if place.done() and not place.cancelled() and place.exception() is None:
                 # Admitted and cancelled in the same turn of the loop: hand the place on.
                 self.in_flight -= 1
                 self._wake()

@@ -13,7 +13,7 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 from pydantic import ValidationError
 
 from llmkit.engines.base import EngineType, SortedKwargs, does_not_fit, sort_kwargs, validation_details
-from llmkit.errors import ConfigurationExists, KeyMissing
+from llmkit.errors import ConfigurationExists, EngineNotInstalled, KeyMissing, KeyNotAllowed
 from llmkit.registry.secrets import (
     ARGUMENT,
     KeyPolicy,
@@ -76,9 +76,8 @@ class Configurations:
         self._store = Store(self._state_dir)
         self._files = SecretFiles(self._state_dir)
         self._data_version = self._store.data_version()
-        stored = self._store.all()
-        self._files.delete_orphans({c.config_id for c in stored})
-        return stored
+        self._files.delete_orphans(self._store.config_ids())
+        return self._store.all()
 
     async def close(self) -> None:
         """Close the store."""
@@ -90,18 +89,20 @@ class Configurations:
         """Say what is wrong with the store."""
         return list(self._store.problems) if self._store else ["the store is not open"]
 
-    async def read_if_changed_elsewhere(self) -> list[Configuration] | None:
-        """Give every configuration if another server has written since the last reading, else None."""
-        return await self._io(self._read_if_changed)
+    async def read(self) -> list[Configuration]:
+        """Give every configuration."""
+        return await self._io(self._read)
 
-    def _read_if_changed(self) -> list[Configuration] | None:
+    def _read(self) -> list[Configuration]:
         store, _ = self._opened
-        version = store.data_version()
-        if version == self._data_version:
-            return None
-        # Kept before the reading: a change between the two is then seen again, not missed.
-        self._data_version = version
+        # Before the reading: a change between the two is then seen again, not missed.
+        self._data_version = store.data_version()
         return store.all()
+
+    async def changed_elsewhere(self) -> bool:
+        """Tell whether another server has written since the last reading."""
+        store, _ = self._opened
+        return await self._io(store.data_version) != self._data_version
 
     # -- checking ------------------------------------------------------------------------------------------
 
@@ -113,9 +114,18 @@ class Configurations:
             raise does_not_fit([{"path": "model_type", "message": f"must be one of {known}"}])
         return engine_type, sort_kwargs(engine_type, request.model_kwargs)
 
+    def engine_type(self, configuration: Configuration) -> EngineType:
+        """Give the type of a stored configuration, or raise `EngineNotInstalled`."""
+        if configuration.model_type not in self._engine_types:
+            raise EngineNotInstalled(
+                f"No model type `{configuration.model_type}` is installed here.",
+                hint="Install the package that brings it, and restart the server.",
+            )
+        return self._engine_types[configuration.model_type]
+
     def sorted(self, configuration: Configuration) -> SortedKwargs:
         """Give the arguments of a stored configuration."""
-        return sort_kwargs(self._engine_types[configuration.model_type], configuration.model_kwargs)
+        return sort_kwargs(self.engine_type(configuration), configuration.model_kwargs)
 
     async def is_same(self, request: ModelConfigRequest, stored: Configuration) -> bool:
         """Tell whether a request asks for what is stored; keys are compared by digest."""
@@ -188,9 +198,17 @@ class Configurations:
 
         def write() -> None:
             # A key is written before what refers to it, and deleted after.
+            kept = files.read(configuration.config_id)
             if secret is not None:
                 files.write(configuration.config_id, secret)
-            store.replace(configuration)
+            try:
+                store.replace(configuration)
+            except BaseException:
+                if kept is None:
+                    files.delete(configuration.config_id)
+                else:
+                    files.write(configuration.config_id, kept)
+                raise
             if secret is None:
                 files.delete(configuration.config_id)
 
@@ -220,17 +238,14 @@ class Configurations:
         ------
         KeyMissing, KeyNotAllowed
         """
-        engine_type = self._engine_types[configuration.model_type]
+        engine_type = self.engine_type(configuration)
         origin = engine_type.origin(configuration)
         if origin is None:
             return None
-        return self._policy.resolve(
-            key_of(configuration.model_kwargs),
-            origin,
-            engine_type.default_origin() or "",
-            self._environ,
-            await self.secret(configuration),
-        )
+        key = key_of(configuration.model_kwargs)
+        secret = await self.secret(configuration)
+        is_default = key is None and origin == engine_type.default_origin()
+        return self._policy.resolve(key, origin, self._environ, secret, is_default=is_default)
 
     def _part(
         self, request: ModelConfigRequest, config_id: str, kept: Secret | None
@@ -241,8 +256,12 @@ class Configurations:
         engine_type.check(configuration)
         origin = engine_type.origin(configuration)
         given = key_of(request.model_kwargs)
-        if given is None or origin is None:
+        if given is None:
             return configuration, None
+        if origin is None:
+            raise KeyNotAllowed(
+                f"`{request.model_type}` models take no key.", param=f"model_kwargs.{ARGUMENT}", hint="Leave it out."
+            )
         if isinstance(given, str) and given.startswith("env:"):
             self._policy.check_reference(given, origin)
             return configuration, None

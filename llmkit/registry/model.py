@@ -107,6 +107,9 @@ class Model:
         self._load_task: asyncio.Task[LLMKitError | None] | None = None
         self._unload_task: asyncio.Task[Memory] | None = None
         self._watch_task: asyncio.Task[None] | None = None
+        self._burial: asyncio.Task[None] | None = None
+        self._retired: LLMKitError | None = None
+        self._hurry = asyncio.Event()
         self._running: dict[str, Running] = {}
 
     @property
@@ -166,21 +169,40 @@ class Model:
         LLMKitError
             The reason why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
         """
-        while self._unload_task is not None:
-            await asyncio.wait([self._unload_task])
-        self.start_loading()
+        while not self.start_loading():
+            await asyncio.wait([task for task in (self._unload_task, self._burial) if task is not None])
         if self._status == "loading" and self._load_task is not None:
             error = await asyncio.shield(self._load_task)
             if error is not None:
                 raise error
 
-    def start_loading(self) -> None:
-        """Start a load if the model is unloaded or failed; otherwise do nothing."""
-        if self._unload_task is None and self._status in ("unloaded", "failed"):
+    def start_loading(self) -> bool:
+        """Start a load if the model is unloaded or failed.
+
+        Returns
+        -------
+        bool
+            Whether the model is loading or loaded now; False while an earlier engine is on its way out.
+
+        Raises
+        ------
+        LLMKitError
+            If the model was retired.
+        """
+        if self._retired is not None:
+            raise self._retired
+        if self._unload_task is not None or self._burial is not None:
+            return False
+        if self._status in ("unloaded", "failed"):
             self._started = time.monotonic()
             self._phase, self._progress, self._load_seconds = "queued", 0.0, None
             self._set("loading")
             self._load_task = asyncio.create_task(self._load(), name=f"load {self.configuration.model_id}")
+        return True
+
+    def retire(self, error: LLMKitError) -> None:
+        """Refuse every load from now on, because the model is deleted or the server stops."""
+        self._retired = error
 
     async def _load(self) -> LLMKitError | None:
         try:
@@ -241,9 +263,19 @@ class Model:
         if self._status != "loaded" or self._engine is not engine:
             return
         error = EngineGone(ended.message, hint="Load it again; the log tail says why it ended.")
+        # At once, so that nobody is sent to an engine that is gone; loads and unloads wait for the burial.
+        self._set("failed", ended.message, ModelError(code=error.code, message=error.message, hint=error.hint))
         self._abort_all(error)
+        self._burial = asyncio.create_task(self._bury(error), name=f"bury {self.configuration.model_id}")
+        self._burial.add_done_callback(self._burial_done)
+
+    async def _bury(self, error: LLMKitError) -> None:
         await self._stop_engine()
-        self._set("failed", ended.message, await self._model_error(error))
+        self._error = await self._model_error(error)
+        self._changed(self, "status")
+
+    def _burial_done(self, _: asyncio.Task[None]) -> None:
+        self._burial = None
 
     # -- unload --------------------------------------------------------------------------------------------
 
@@ -253,17 +285,23 @@ class Model:
         Parameters
         ----------
         drain
-            Seconds that running requests get to finish before they are ended with `ModelUnloaded`.
+            Seconds that running requests get to finish before they are ended with `ModelUnloaded`; a later call
+            without any ends the drain of an earlier one.
         """
         if self._unload_task is None:
+            self._hurry = asyncio.Event()
             self._unload_task = asyncio.create_task(self._unload(drain), name=f"unload {self.configuration.model_id}")
             self._unload_task.add_done_callback(self._unload_done)
+        if not drain:
+            self._hurry.set()
         return await asyncio.shield(self._unload_task)
 
     def _unload_done(self, _: asyncio.Task[Memory]) -> None:
         self._unload_task = None
 
     async def _unload(self, drain: float) -> Memory:
+        if self._burial is not None:
+            await asyncio.wait([self._burial])
         load = self._load_task
         if load is not None and not load.done():
             load.cancel()
@@ -275,14 +313,22 @@ class Model:
         if self._status == "unloaded":
             return Memory(verified=True, reason="not loaded")
         self._set("unloading")
-        if self._running and drain:
-            await asyncio.wait([r.task for r in self._running.values() if r.task], timeout=drain)
+        await self._drain(drain)
         self._abort_all(
             ModelUnloaded(f"`{self.configuration.model_id}` was unloaded.", hint="Load it and send the request again.")
         )
         freed = await self._stop_engine()
         self._set("unloaded")
         return freed
+
+    async def _drain(self, seconds: float) -> None:
+        requests = [running.task for running in self._running.values() if running.task is not None]
+        if requests and not self._hurry.is_set():
+            hurry = asyncio.create_task(self._hurry.wait())
+            finished = asyncio.ensure_future(asyncio.wait(requests))
+            await asyncio.wait([hurry, finished], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            hurry.cancel()
+            finished.cancel()
 
     async def _stop_engine(self) -> Memory:
         """End what belongs to the last load; never raises, so that a status always follows."""

@@ -16,6 +16,7 @@ from uuid import UUID
 from llmkit import __version__, schemas
 from llmkit.engines.base import Engine, EngineContext, EngineType, does_not_fit, load_engine_types
 from llmkit.errors import (
+    ConfigurationExists,
     ConfigurationNotFound,
     ConfigurationReadOnly,
     LLMKitError,
@@ -98,11 +99,13 @@ class ModelRegistry:
             settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ
         )
         self._models: dict[str, Model] = {}
+        self._deleting: set[Model] = set()
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._progress_due: dict[str, asyncio.TimerHandle] = {}
         self._progress_sent: dict[str, float] = {}
         self._closing = False
+        self._behind = False
 
     # -- start and stop ------------------------------------------------------------------------------------
 
@@ -132,7 +135,10 @@ class ModelRegistry:
         if self._closing:
             return
         self._closing = True
-        unloads = [asyncio.create_task(model.unload()) for model in self._models.values() if model.live]
+        models = [*self._models.values(), *self._deleting]
+        for model in models:
+            model.retire(ServerStopping("The server is stopping."))
+        unloads = [asyncio.create_task(model.unload()) for model in models]
         if unloads:
             await asyncio.wait(unloads, timeout=CLOSE_SECONDS)
         for handle in self._progress_due.values():
@@ -247,7 +253,14 @@ class ModelRegistry:
             if await self._stored.is_same(request, stored):
                 return stored
             raise exists(stored)
-        configuration = await self._stored.insert(request)
+        try:
+            configuration = await self._stored.insert(request)
+        except ConfigurationExists:
+            # Somebody was faster, here or in another server of this home.
+            self._take_over(await self._stored.read())
+            if request.model_id not in self._models:
+                raise
+            return await self.configure(request)
         self._changed(self._add(configuration), "configured")
         return configuration
 
@@ -268,6 +281,8 @@ class ModelRegistry:
         if request.model_id != stored.model_id:
             detail = {"path": "model_id", "message": f"must stay `{stored.model_id}`"}
             raise does_not_fit([detail], hint="POST /llm/configure_model/ makes another model.")
+        if await self._stored.is_same(request, stored):
+            return stored
         configuration, secret = await self._stored.prepare(request, stored)
         new_engine = (
             (configuration.model_name, configuration.model_type) != (stored.model_name, stored.model_type)
@@ -284,7 +299,7 @@ class ModelRegistry:
         self._changed(model, "updated")
         if new_engine and model.live:
             await model.unload()
-            model.start_loading()
+            self._spawn(model.ensure_loaded())
         return configuration
 
     async def delete(self, config_id: str, *, unload: bool = False) -> None:
@@ -306,9 +321,14 @@ class ModelRegistry:
                 hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true.",
             )
         await self._stored.delete(config_id)
-        # Out of sight first, so that nobody can load it again meanwhile.
+        # Out of sight first, and out of use, so that nobody can load it again meanwhile.
+        model.retire(ModelNotFound(f"`{configuration.model_id}` was deleted.", param="model_id"))
         self._remove(model)
-        await model.unload()
+        self._deleting.add(model)
+        try:
+            await model.unload()
+        finally:
+            self._deleting.discard(model)
 
     def _check_writable(self, configuration: Configuration) -> None:
         if configuration.declared:
@@ -335,10 +355,8 @@ class ModelRegistry:
         model = self._by_config_id(config_id)
         if wait:
             await model.ensure_loaded()
-        else:
-            model.start_loading()
-            if model.status == "unloading":
-                self._spawn(model.ensure_loaded())
+        elif not model.start_loading():
+            self._spawn(model.ensure_loaded())
         return model.snapshot()
 
     async def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
@@ -346,7 +364,7 @@ class ModelRegistry:
         return await self._by_model_id(model_id).unload(drain)
 
     async def _make_engine(self, configuration: Configuration) -> Engine:
-        engine_type = self.engine_types[configuration.model_type]
+        engine_type = self._stored.engine_type(configuration)
         unavailable = engine_type.unavailable()
         if unavailable is not None:
             raise unavailable
@@ -483,24 +501,30 @@ class ModelRegistry:
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
-                stored = await self._stored.read_if_changed_elsewhere()
+                if self._behind or await self._stored.changed_elsewhere():
+                    self._take_over(await self._stored.read())
             except Exception as error:  # noqa: BLE001  # the next turn tries again
                 self._log.warning("The configurations could not be read again: %s", type(error).__name__)
-                continue
-            if stored is not None:
-                self._take_over({configuration.config_id: configuration for configuration in stored})
 
-    def _take_over(self, stored: dict[str, Configuration]) -> None:
+    def _take_over(self, configurations: list[Configuration]) -> None:
+        stored = {configuration.config_id: configuration for configuration in configurations}
+        # What is live stays as it is; what was skipped for that is looked at again.
+        self._behind = False
         for model in list(self._models.values()):
             ours = model.configuration
             if ours.declared:
                 continue
             theirs = stored.pop(ours.config_id, None)
-            if theirs is None and not model.live:
-                self._remove(model)
-            elif theirs is not None and theirs != ours:
+            if theirs is None:
+                if model.live:
+                    self._behind = True
+                else:
+                    self._remove(model)
+            elif theirs != ours:
                 self._apply(model, theirs)
                 self._changed(model, "updated")
         for configuration in stored.values():
             if configuration.model_id not in self._models:
                 self._changed(self._add(configuration), "configured")
+            elif not self._models[configuration.model_id].configuration.declared:
+                self._behind = True

@@ -23,6 +23,7 @@ from uuid import UUID, uuid4
 
 from pydantic import JsonValue
 
+from llmkit.engines.http import origin_of
 from llmkit.errors import KeyMissing, KeyNotAllowed
 
 ARGUMENT = "api_key"
@@ -30,7 +31,8 @@ DEFAULT_VARIABLE = "OPENAI_API_KEY"
 _REFERENCE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]{0,127})")
 _DEFAULT_NAMES = re.compile(r"\w+(_API_KEY|_TOKEN)")
 # Tokens of the Jupyter server or Hub open terminals; they are never for a model's endpoint.
-_NEVER = re.compile(r"(JUPYTER|JPY_|LLMKIT_)\w*")
+_NEVER = re.compile(r"(JUPYTER|JPY_|LLMKIT_|CONFIGPROXY_)\w*", re.IGNORECASE)
+_HEADER_TEXT = re.compile(r"[\x21-\x7e]{1,4096}")
 _ORPHAN_AGE_SECONDS = 60.0
 
 
@@ -47,7 +49,7 @@ class KeyPolicy:
     def allows(self, name: str, origin: str) -> bool:
         """Tell whether the variable may be sent to the origin."""
         if self.secret_origins:
-            return origin in self.secret_origins.get(name, ())
+            return origin in map(origin_of, self.secret_origins.get(name, ()))
         return bool(_DEFAULT_NAMES.fullmatch(name)) and not _NEVER.fullmatch(name)
 
     def check_reference(self, reference: str, origin: str) -> str:
@@ -81,9 +83,10 @@ class KeyPolicy:
         self,
         api_key: JsonValue,
         origin: str,
-        default_origin: str,
         environ: Mapping[str, str],
         secret: Secret | None,
+        *,
+        is_default: bool,
     ) -> str | None:
         """Give the key to send to an origin, or None to call without one.
 
@@ -93,12 +96,12 @@ class KeyPolicy:
             The stored value: ``env:NAME``, the mark of a raw key, or None.
         origin
             Where the configuration sends its requests.
-        default_origin
-            The only place that ``OPENAI_API_KEY`` goes to without being named.
         environ
             The server's environment.
         secret
             The raw key of the configuration, if it has one.
+        is_default
+            Whether the origin is the only one that ``OPENAI_API_KEY`` goes to without being named.
 
         Raises
         ------
@@ -107,13 +110,13 @@ class KeyPolicy:
         """
         if isinstance(api_key, str):
             name = self.check_reference(api_key, origin)
-            if not environ.get(name):
+            if not _HEADER_TEXT.fullmatch(environ.get(name, "").strip()):
                 raise KeyMissing(
-                    f"The server has no environment variable {name}.",
+                    f"The server has no environment variable {name}, or what is in it can be no key.",
                     param="model_kwargs.api_key",
                     hint=f"Set {name} before the Jupyter server starts, or configure another api_key.",
                 )
-            return environ[name]
+            return environ[name].strip()
         if api_key is not None:
             if secret is None:
                 raise KeyMissing(
@@ -128,8 +131,8 @@ class KeyPolicy:
                     hint="Send the configuration again with the api_key for the new address.",
                 )
             return secret.value
-        if origin == default_origin and (not self.secret_origins or self.allows(DEFAULT_VARIABLE, origin)):
-            return environ.get(DEFAULT_VARIABLE) or None
+        if is_default and (not self.secret_origins or self.allows(DEFAULT_VARIABLE, origin)):
+            return environ.get(DEFAULT_VARIABLE, "").strip() or None
         return None
 
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from llmkit.errors import ConfigurationExists, ConfigurationNotFound, DiskFull, LLMKitError, NotReady
 from llmkit.schemas import Configuration
 
@@ -44,31 +46,36 @@ class Store:
     folder
         The state folder; made with mode 0700 if it is missing.
 
-    Attributes
-    ----------
-    problems
-        What was wrong with the file and was worked around, for ``GET /llm/health``.
-
     Raises
     ------
     StoreTooNewError
         If the file is from a newer version; it is left as it is.
+    NotReady, DiskFull
+        If another process holds it, or there is no room for it.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = folder / "llmkit.sqlite"
-        self.problems: list[str] = []
+        self._problems: list[str] = []
+        self._unreadable: list[str] = []
         try:
             self._connection = self._open()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if not _is_broken(error):
+                raise _explain(error, self.path) from error
             # Keep what is there for a person to look at, and go on with an empty store.
             aside = self.path.with_name(f"{self.path.name}.corrupt-{time.time_ns()}")
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     self.path.with_name(self.path.name + suffix).rename(aside.with_name(aside.name + suffix))
-            self.problems.append(f"the database could not be read; it was kept as {aside.name}")
+            self._problems.append(f"the database could not be read; it was kept as {aside.name}")
             self._connection = self._open()
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong and was worked around, for ``GET /llm/health``."""
+        return self._problems + self._unreadable
 
     def _open(self) -> sqlite3.Connection:
         # Created by us with 0600 before SQLite would create it with the umask's mode.
@@ -77,7 +84,7 @@ class Store:
             self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
             with self._transaction(connection):
                 self._prepare(connection)
@@ -122,14 +129,7 @@ class Store:
             with self._transaction(self._connection):
                 yield self._connection
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise DiskFull(
-                    "There is no room on the disk for the configuration.",
-                    hint=f"Free space at {self.path.parent}.",
-                ) from error
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                raise NotReady("Another server holds the database.", hint="Try again.") from error
-            raise
+            raise _explain(error, self.path) from error
 
     def data_version(self) -> int:
         """Give a number that changes when another server has written."""
@@ -137,9 +137,19 @@ class Store:
         return int(version)
 
     def all(self) -> list[Configuration]:
-        """Read every configuration, oldest first."""
-        rows = self._connection.execute("SELECT body FROM configurations ORDER BY created_at, config_id")
-        return [Configuration.model_validate_json(body) for (body,) in rows]
+        """Read every configuration, oldest first; one that this version cannot read stays where it is."""
+        rows = self._connection.execute("SELECT config_id, body FROM configurations ORDER BY created_at, config_id")
+        configurations, self._unreadable = [], []
+        for config_id, body in rows:
+            try:
+                configurations.append(Configuration.model_validate_json(body))
+            except ValidationError:
+                self._unreadable.append(f"configuration {config_id} cannot be read by this version; it was kept")
+        return configurations
+
+    def config_ids(self) -> set[str]:
+        """Give the ID of every configuration, also of those that cannot be read."""
+        return {config_id for (config_id,) in self._connection.execute("SELECT config_id FROM configurations")}
 
     def insert(self, configuration: Configuration) -> None:
         """Add a configuration.
@@ -177,6 +187,35 @@ class Store:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+
+def _is_broken(error: sqlite3.DatabaseError) -> bool:
+    # Our own complaints carry no code; a file that is locked, or a disk that is full, is not broken.
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is None or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _explain(error: sqlite3.DatabaseError, path: Path) -> LLMKitError:
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return DiskFull("There is no room on the disk for the configurations.", hint=f"Free space at {path.parent}.")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return NotReady("Another server holds the database.", hint="Try again.")
+    return NotReady(f"The database cannot be used: {error}.", hint=f"Look at {path}.")
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    # The change of mode does not wait for the busy timeout when servers start together.
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _body(configuration: Configuration) -> str:

@@ -18,6 +18,7 @@ from llmkit.errors import (
     ModelNotLoaded,
     ModelUnloaded,
     QueueFull,
+    ServerStopping,
 )
 from llmkit.registry.model import Model, Running
 from llmkit.schemas import Configuration
@@ -219,11 +220,67 @@ async def test_an_engine_that_ends_by_itself_fails_the_model_and_its_requests(tm
     stage.engine.ended.set()
     with pytest.raises(EngineGone, match="signal 9"):
         await running
-    while stage.model.status == "loaded":
-        await asyncio.sleep(0)
     assert stage.model.status == "failed"
+    while not stage.engine.stops:
+        await asyncio.sleep(0)
     assert stage.engine.stops == 1
     assert stage.model.snapshot().in_flight == 0
+
+
+async def test_after_a_crash_loads_and_unloads_wait_until_the_old_engine_is_gone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    first = stage.engine
+    first.may_stop.clear()
+    first.ended.set()
+    while stage.model.status == "loaded":
+        await asyncio.sleep(0)
+    with pytest.raises(ModelNotLoaded, match="failed"):
+        async with stage.model.use(Running("r")):
+            pass
+    assert not stage.model.start_loading()
+    loading = asyncio.create_task(stage.model.ensure_loaded())
+    await asyncio.sleep(0.01)
+    assert len(stage.engine_type.engines) == 1
+    first.may_stop.set()
+    await loading
+    assert (stage.model.status, first.stops, len(stage.engine_type.engines)) == ("loaded", 1, 2)
+    await stage.model.unload()
+    assert stage.engine.stops == 1
+
+
+async def test_a_retired_model_starts_no_engine_even_for_who_waits(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    stage.engine.may_stop.clear()
+    unloading = asyncio.create_task(stage.model.unload())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(stage.model.ensure_loaded())
+    await asyncio.sleep(0)
+    stage.model.retire(ServerStopping("The server is stopping."))
+    stage.engine.may_stop.set()
+    await unloading
+    with pytest.raises(ServerStopping):
+        await waiting
+    assert len(stage.engine_type.engines) == 1
+
+
+async def test_an_unload_without_a_drain_ends_the_drain_of_another(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+
+    async def request() -> None:
+        async with stage.model.use(Running("r")):
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(request())
+    await asyncio.sleep(0)
+    patient = asyncio.create_task(stage.model.unload(drain=3600))
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(stage.model.unload(), 5)
+    await patient
+    with pytest.raises(ModelUnloaded):
+        await running
 
 
 async def test_unload_ends_running_and_waiting_requests(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.errors import ConfigurationExists, ConfigurationNotFound
+from llmkit.errors import ConfigurationExists, ConfigurationNotFound, NotReady
 from llmkit.registry.store import Store, StoreTooNewError
 from llmkit.schemas import Configuration
 
@@ -60,6 +60,32 @@ def test_a_file_that_cannot_be_read_is_kept_aside_and_the_server_starts(tmp_path
     (aside,) = tmp_path.glob("llmkit.sqlite.corrupt-*")
     assert aside.name in problem
     assert aside.read_bytes() == content
+    store.close()
+
+
+def test_a_file_that_somebody_holds_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.registry.store.BUSY_TIMEOUT_SECONDS", 0.1)
+    Store(tmp_path).close()
+    holder = sqlite3.connect(tmp_path / "llmkit.sqlite", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(NotReady, match="Another server"):
+        Store(tmp_path)
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert not list(tmp_path.glob("*.corrupt-*"))
+
+
+def test_a_row_of_a_newer_version_is_kept_and_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.insert(configuration())
+    connection = sqlite3.connect(tmp_path / "llmkit.sqlite")
+    body = '{"config_id": "new", "model_id": "new", "model_name": "n", "model_type": "openai", "from_later": 1}'
+    connection.execute("INSERT INTO configurations VALUES ('new', 'new', ?, 1, 1)", (body,))
+    connection.commit()
+    connection.close()
+    assert [stored.model_id for stored in store.all()] == ["m"]
+    assert "new" in store.problems[0]
+    assert store.config_ids() == {"c", "new"}
     store.close()
 
 
