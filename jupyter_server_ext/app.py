@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from llmkit.registry.registry import Event, ModelRegistry, Settings
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"
 DEFAULT_PORT = 8105
+RETRY_SECONDS = 2.0
+STOP_SECONDS = 14.0
 
 
 class LLMKitApp(ExtensionApp):
@@ -85,6 +88,8 @@ class LLMKitApp(ExtensionApp):
         self._starting: asyncio.Task[ModelRegistry] | None = None
         self._registry: ModelRegistry | None = None
         self._folder: ServerFolder | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._retry_at = 0.0
         for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
             self._server.event_logger.register_event_schema(schema)
 
@@ -111,13 +116,16 @@ class LLMKitApp(ExtensionApp):
         """
         if self._registry is not None:
             return self._registry
-        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
+        failed = self._starting is not None and self._starting.done()
+        if self._starting is None or (failed and time.monotonic() > self._retry_at):
             self._starting = asyncio.create_task(self._start_registry(), name="llmkit start")
         return await asyncio.shield(self._starting)
 
     async def _start_registry(self) -> ModelRegistry:
+        folder: ServerFolder | None = None
+        registry: ModelRegistry | None = None
         try:
-            folder = self._folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
+            folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
                 self.log.warning("Ended an engine that a killed server had left: %s", engine)
             settings = Settings(
@@ -130,23 +138,34 @@ class LLMKitApp(ExtensionApp):
             )
             registry = ModelRegistry(settings, self._emit, self.log)
             await registry.start()
-        except OSError as error:
+        except BaseException as error:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            if registry is not None:
+                await registry.close()
+            if folder is not None:
+                await asyncio.to_thread(folder.remove)
+            if not isinstance(error, OSError):
+                raise
             raise NotReady(
                 f"llmkit cannot use its folders: {error.strerror}: {error.filename}.",
                 hint="Set LLMKIT_STATE_DIR and LLMKIT_RUN_DIR to folders that you can write.",
             ) from error
-        self._registry = registry
+        self._registry, self._folder = registry, folder
         return registry
 
     async def stop_extension(self) -> None:
-        """End every engine. May be called twice; raises nothing."""
-        starting = getattr(self, "_starting", None)
-        if starting is None:
+        """End every engine. May be called twice, as by two SIGTERMs; raises nothing, and has an end."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(), name="llmkit stop")
+        await asyncio.wait([self._stopping], timeout=STOP_SECONDS)
+
+    async def _stop(self) -> None:
+        if self._starting is None:
             return
-        await asyncio.wait([starting])
+        await asyncio.wait([self._starting])
         try:
-            if starting.exception() is None:
-                await starting.result().close()
+            if self._registry is not None:
+                await self._registry.close()
             if self._folder is not None:
                 await asyncio.to_thread(self._folder.remove)
         except Exception:

@@ -81,7 +81,7 @@ class Prices(Strict):
 
 
 class ModelConfigRequest(Strict):
-    """Body of ``POST /llm/configure_model/`` and ``PUT /llm/configuration/{config_id}``."""
+    """Body of ``POST /llm/configure_model/``."""
 
     model_id: ModelId
     model_name: ModelName
@@ -101,11 +101,21 @@ OPTIONAL_FIELDS: Final = ("description", "auto_load", "max_in_flight", "max_queu
 """Fields of a configuration that appear in answers only if they were set."""
 
 
-class Configuration(ModelConfigRequest):
+class StoredConfigRequest(ModelConfigRequest):
+    """Body of ``PUT /llm/configuration/{config_id}``: also what a GET of it answers."""
+
+    config_id: str | None = None
+    declared: bool = False
+
+    def request(self) -> ModelConfigRequest:
+        """Give the part that a client decides."""
+        return ModelConfigRequest.model_validate(self.model_dump(exclude={"config_id", "declared"}))
+
+
+class Configuration(StoredConfigRequest):
     """A stored configuration."""
 
     config_id: str
-    declared: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         """Give the JSON object of the configuration, identifiers first."""
@@ -120,10 +130,6 @@ class Configuration(ModelConfigRequest):
         if self.declared:
             fields["declared"] = True
         return fields
-
-    def request(self) -> ModelConfigRequest:
-        """Give the part that a client sends."""
-        return ModelConfigRequest.model_validate(self.model_dump(exclude={"config_id", "declared"}))
 
 
 class GenerationParameters(Strict):

@@ -41,9 +41,8 @@ def test_nothing_is_left_when_the_server_ends(number: signal.Signals, when: str)
         stopped = time.monotonic() - began
         _, alive = psutil.wait_procs(engine, timeout=15)
         gone = time.monotonic() - began
-        print(
-            f"{when}, {number.name}: server ended after {stopped:.1f} s, {len(engine)} processes gone after {gone:.1f} s"
-        )
+        count = len(engine)
+        print(f"{when}, {number.name}: server gone after {stopped:.1f} s, {count} processes after {gone:.1f} s")
         assert not alive
         assert gone <= 15
         if number is signal.SIGTERM:

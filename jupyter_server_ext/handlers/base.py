@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import traceback
 from collections.abc import Awaitable
 from http import HTTPStatus
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -22,6 +24,7 @@ from llmkit.schemas import MAX_CONFIGURATION_BYTES
 
 RESOURCE = "llm"
 MAX_DEPTH = 64
+MAX_VALUES = 100_000
 PARSE_IN_THREAD_BYTES = 256 << 10
 M = TypeVar("M", bound=BaseModel)
 
@@ -44,12 +47,17 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
 
     max_body_bytes = MAX_CONFIGURATION_BYTES
 
-    async def prepare(self) -> None:  # type: ignore[override]  # as in Jupyter's own API handlers
-        """Let in who may, before the body is read."""
+    def initialize(self, name: str) -> None:
+        """Keep nothing of a body until it is known who sends it."""
         self._body: list[bytes] | None = None
         self._body_bytes = 0
+        super().initialize(name)
+
+    async def prepare(self) -> None:  # type: ignore[override]  # as in Jupyter's own API handlers
+        """Let in who may, before the body is read."""
         await super().prepare()
-        self._body = []
+        if self.current_user and self.request.method in ("POST", "PUT"):
+            self._body = []
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, as long as it is wanted."""
@@ -81,11 +89,9 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
             )
         body = b"".join(self._body)
         # A large prompt takes the parser longer than the event loop may stand still.
-        parsed = await asyncio.to_thread(_parse, body) if len(body) > PARSE_IN_THREAD_BYTES else _parse(body)
-        try:
-            return model.model_validate(parsed)
-        except ValidationError as error:
-            raise does_not_fit(validation_details(error, model)) from None
+        if len(body) > PARSE_IN_THREAD_BYTES:
+            return await asyncio.to_thread(_parse, body, model)
+        return _parse(body, model)
 
     def flag(self, name: str, *, default: bool) -> bool:
         """Read a query parameter that is true or false."""
@@ -154,7 +160,8 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         """Log what nobody expected; what was expected is the client's to read."""
         if not isinstance(value, LLMKitError | web.HTTPError):
             # Without the value: an exception's words can hold a part of the request.
-            self.log.error("%s %s failed", self.request.method, self.request.path[:200], exc_info=(typ, None, tb))
+            where = f"{self.request.method} {self.request.path[:200]!r}"
+            self.log.error("%s failed: %s\n%s", where, typ.__name__, "".join(traceback.format_tb(tb)))
 
 
 class UnknownPathHandler(LLMHandler):
@@ -172,7 +179,7 @@ class UnknownPathHandler(LLMHandler):
     post = put = delete = patch = get
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _parse(body: bytes, model: type[M]) -> M:
     try:
         # Refuses what Python's own parser lets through: NaN, Infinity, lone surrogates, wrong UTF-8.
         value = from_json(body, allow_inf_nan=False)
@@ -182,23 +189,28 @@ def _parse(body: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise errors.MalformedRequest("The body must be a JSON object.", hint='For example {"model_id": "demo", ...}.')
-    if _deeper_than(value, MAX_DEPTH):
-        raise errors.MalformedRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
-    return value
+    _check_shape(value)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise does_not_fit(validation_details(error, model)) from None
 
 
-def _deeper_than(value: Any, limit: int) -> bool:
+def _check_shape(value: dict[str, Any]) -> None:
+    """Refuse what no request needs: deep nesting, very many values, numbers that overflow."""
     level: list[Any] = [value]
-    for _ in range(limit):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
+    values = 0
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        values += len(level)
+        if values > MAX_VALUES:
+            raise errors.MalformedRequest(f"The body holds more than {MAX_VALUES} values.")
+        if any(isinstance(inner, float) and not math.isfinite(inner) for inner in level):
+            raise errors.MalformedRequest("The body holds a number that is too large.")
+        level = [inner for inner in level if isinstance(inner, dict | list)]
         if not level:
-            return False
-    return True
+            return
+    raise errors.MalformedRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
 
 
 async def until_gone(work: Awaitable[None], gone: asyncio.Event) -> None:

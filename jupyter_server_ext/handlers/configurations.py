@@ -6,7 +6,8 @@ from jupyter_server.auth.decorator import authorized
 from tornado import web
 
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
-from llmkit.schemas import ModelConfigRequest
+from llmkit.engines.base import does_not_fit
+from llmkit.schemas import ModelConfigRequest, StoredConfigRequest
 
 
 class ConfigureModelHandler(LLMHandler):
@@ -52,9 +53,11 @@ class ConfigurationHandler(LLMHandler):
         """Replace a configuration and answer it."""
         registry = await self.registry()
         registry.configuration(config_id)  # 404 before a complaint about the body
-        body = await self.read_body(ModelConfigRequest)
+        body = await self.read_body(StoredConfigRequest)
+        if body.config_id not in (None, config_id):
+            raise does_not_fit([{"path": "config_id", "message": "is not the one in the path"}])
         reload = self.flag("reload", default=False)
-        self.answer((await registry.update(config_id, body, reload=reload)).to_wire())
+        self.answer((await registry.update(config_id, body.request(), reload=reload)).to_wire())
 
     @web.authenticated
     @authorized("write", resource=RESOURCE)

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from tornado import iostream, web
 
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler, until_gone
-from llmkit.errors import LLMKitError, TimedOut
+from llmkit.errors import LLMKitError
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import MAX_PROMPT_BYTES, InferenceRequest
 
@@ -23,10 +23,10 @@ class InferenceHandler(LLMHandler):
 
     max_body_bytes = MAX_PROMPT_BYTES
 
-    async def prepare(self) -> None:  # type: ignore[override]  # as in Jupyter's own API handlers
+    def initialize(self, name: str) -> None:
         """Note when the client leaves, from the first byte on."""
         self._gone = asyncio.Event()
-        await super().prepare()
+        super().initialize(name)
 
     def on_connection_close(self) -> None:
         """End the request at the engine when its client is gone."""
@@ -48,10 +48,13 @@ class InferenceHandler(LLMHandler):
             answer = await registry.infer(request, self._send)
             await self._send(_plain(answer))
             await self._write(b"data: [DONE]\n\n")
-        except LLMKitError as error:
+        except Exception as raised:
             if not self._headers_written:
                 raise
             # After the headers there is no status to send: the error is the last event.
+            error = raised if isinstance(raised, LLMKitError) else LLMKitError("The server failed on this request.")
+            if error is not raised:
+                self.log_exception(type(raised), raised, raised.__traceback__)
             await self._send({"error": error.to_wire()["error"]})
         await self.finish()
 
@@ -65,13 +68,14 @@ class InferenceHandler(LLMHandler):
     async def _write(self, data: bytes) -> None:
         self.write(data)
         try:
-            await asyncio.wait_for(self.flush(), FLUSH_SECONDS)
-        except iostream.StreamClosedError:
+            # Not `wait_for`, which forgets a cancellation that comes when the flush is done already.
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await self.flush()
+        except (iostream.StreamClosedError, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                self.detach().close()
             self._gone.set()
-        except TimeoutError:
-            self._gone.set()
-            self.detach().close()
-            raise TimedOut("The client took nothing of the answer for a minute.") from None
+            raise asyncio.CancelledError from None
 
     def finish(self, *args: Any, **kwargs: Any) -> Any:
         """Finish, with the content type of a stream if it is one."""

@@ -20,6 +20,8 @@ from llmkit.errors import DoesNotFit, LLMKitError
 from llmkit.schemas import API, Capabilities, Configuration, GenerationParameters, Memory, Phase
 
 ENTRY_POINT_GROUP = "llmkit.engines"
+MAX_ARGUMENTS = 256
+MAX_DETAILS = 20
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def does_not_fit(details: list[dict[str, str]], hint: str | None = None) -> Does
         summary if len(details) <= 8 else f"{summary}; and {len(details) - 8} more",
         param=details[0]["path"] or None,
         hint=hint,
-        details={"fields": details},
+        details={"fields": details[:MAX_DETAILS]},
     )
 
 
@@ -219,6 +221,10 @@ def sort_kwargs(engine_type: EngineType, model_kwargs: Mapping[str, JsonValue]) 
     values: dict[str, dict[str, Any]] = {"engine": {}, "generation": {}}
     paths: dict[tuple[str, str], str] = {}
     details: list[dict[str, str]] = []
+    if len(model_kwargs) > MAX_ARGUMENTS or any(
+        len(v) > MAX_ARGUMENTS for v in model_kwargs.values() if isinstance(v, dict)
+    ):
+        raise does_not_fit([{"path": "model_kwargs", "message": f"has more than {MAX_ARGUMENTS} entries"}])
 
     def take(section: str, key: str, value: JsonValue, path: str) -> None:
         if key in values[section]:

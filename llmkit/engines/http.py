@@ -45,6 +45,7 @@ _CONTEXT_WORDS = re.compile(
     r"context[ _]length|maximum context|max_model_len|maximum model length|too many tokens|prompt is too long",
     re.IGNORECASE,
 )
+_HOST = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 _KEY_RUN = 8
 _JSON = {"Content-Type": "application/json"}
 
@@ -75,6 +76,10 @@ def origin_of(url: str) -> str:
         raise ValueError("the address has no host")
     if "@" in parts.netloc:
         raise ValueError("the address must not carry a user name or password")
+    if "?" in url or "#" in url:
+        raise ValueError("the address must not have a query or a fragment")
+    if not _HOST.fullmatch(parts.hostname) and ":" not in parts.hostname:
+        raise ValueError("the host is no host name in ASCII letters")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
@@ -113,7 +118,18 @@ class EngineHTTP:
             For any answer but a 2xx with a JSON object, and for none.
         """
         async with self._request(method, path, body) as response:
-            return _object(await _read(response, MAX_ANSWER_BYTES))
+            data = await _read(response, MAX_ANSWER_BYTES)
+            answer = _object(data)
+            self._raise_error_in(answer, data)
+            return answer
+
+    def _raise_error_in(self, answer: dict[str, Any], data: bytes) -> None:
+        """Raise the error that some endpoints send with status 200."""
+        error = answer.get("error")
+        if error:
+            code = error.get("code") if isinstance(error, dict) else None
+            known = isinstance(code, int) and HTTPStatus.BAD_REQUEST <= code < 600
+            raise self.refusal(code if isinstance(code, int) and known else HTTPStatus.BAD_GATEWAY, data)
 
     async def status(self, path: str) -> tuple[int, Any]:
         """Send a GET and give its status with its JSON, or None where that is not JSON."""
@@ -130,8 +146,7 @@ class EngineHTTP:
                 if data == b"[DONE]":
                     return
                 event = _object(data)
-                if isinstance(event.get("error"), dict):
-                    raise self.refusal(int(event["error"].get("code") or 502), data)
+                self._raise_error_in(event, data)
                 yield event
         raise EngineGone("The engine ended its answer before it was complete.", hint="Send the request again.")
 
@@ -165,7 +180,8 @@ class EngineHTTP:
                 yield response
         except (TimeoutError, aiohttp.ServerTimeoutError) as error:
             raise TimedOut(f"{self._name} did not answer in time.", hint="Raise `timeout`, or ask for less.") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # ValueError: host names and headers that cannot be sent.
             raise self._gone(error) from error
 
     @property
@@ -211,7 +227,10 @@ class EngineHTTP:
                     param="prompt",
                     hint="Shorten the prompt, lower max_tokens, or load with a larger max_model_len.",
                 )
-            return EngineRefused(said or f"{self._name} refused the request ({status}).", param=_param(body))
+            return EngineRefused(
+                said or f"{self._name} refused the request ({status}).",
+                param=redact(_param(body) or "", self.endpoint.api_key)[:200] or None,
+            )
         if status == HTTPStatus.NOT_FOUND:
             return ModelNameNotFound(
                 said or f"{self._name} does not know `{self.endpoint.model}`, or has no such path.",
@@ -285,6 +304,8 @@ async def _sse(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             line = raw.removesuffix(b"\r")
             if line.startswith(b"data:"):
                 data.append(line[5:].removeprefix(b" "))
+                if sum(map(len, data)) > MAX_EVENT_BYTES:
+                    raise UpstreamFailed("The endpoint sends an endless event.")
             elif not line and data:
                 yield b"\n".join(data)
                 data = []

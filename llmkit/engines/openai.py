@@ -9,6 +9,7 @@ import asyncio
 import difflib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -16,12 +17,13 @@ from urllib.parse import quote
 from pydantic import Field, JsonValue, StringConstraints
 
 from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
-from llmkit.engines.http import EngineHTTP, origin_of
-from llmkit.errors import LLMKitError, ModelNameNotFound
+from llmkit.engines.http import EngineHTTP, origin_of, redact
+from llmkit.errors import LLMKitError, ModelNameNotFound, UpstreamFailed
 from llmkit.schemas import Capabilities, Configuration, Memory, Strict
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 DEFAULT_TIMEOUT_SECONDS = 600.0
+PROBE_SECONDS = 30.0
 _REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 # Printable ASCII only: anything else could not stand in a header.
 _HeaderText = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$")]
@@ -96,9 +98,12 @@ class OpenAIEngineType:
         """Give the only place that this configuration's key goes to."""
         return origin_of(self._base_url(configuration))
 
-    def default_origin(self) -> str:
+    def default_origin(self) -> str | None:
         """Give the only place that the server's ``OPENAI_API_KEY`` goes to without being named."""
-        return origin_of(self.default_base_url)
+        try:
+            return origin_of(self.default_base_url)
+        except ValueError:
+            return None  # a wrong OPENAI_BASE_URL; models with an address of their own do not care
 
     def create(self, configuration: Configuration, context: EngineContext) -> OpenAIEngine:
         """Make the engine of one load."""
@@ -138,7 +143,9 @@ class OpenAIEngine:
             If it cannot be used.
         """
         report(LoadProgress("starting"))
-        http = EngineHTTP(self.endpoint)
+        # Whether it can be used shows soon; an answer may take longer.
+        quick = min(self.endpoint.timeout or PROBE_SECONDS, PROBE_SECONDS)
+        http = EngineHTTP(replace(self.endpoint, timeout=quick))
         try:
             await self._find_model(http)
         finally:
@@ -148,8 +155,12 @@ class OpenAIEngine:
     async def _find_model(self, http: EngineHTTP) -> None:
         name = self.endpoint.model
         status, body = await http.status("/models")
-        if status in _REFUSED or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status in _REFUSED or status >= HTTPStatus.INTERNAL_SERVER_ERROR or 300 <= status < 400:
             raise http.refusal(status)
+        if status == HTTPStatus.OK and body is None:
+            raise UpstreamFailed(
+                f"{self.endpoint.base_url} answers, but not with JSON.", hint="Check base_url; it usually ends in /v1."
+            )
         listed = _ids(body) if status == HTTPStatus.OK else []
         if name in listed:
             return
@@ -162,7 +173,7 @@ class OpenAIEngine:
             raise ModelNameNotFound(
                 f"{self.endpoint.base_url} has no model `{name}`.",
                 param="model_name",
-                hint=f"It has, for example: {', '.join(near)}.",
+                hint=f"It has, for example: {redact(', '.join(near), self.endpoint.api_key)[:300]}.",
             )
 
     async def stop(self) -> Memory:

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from llmkit.engines.base import does_not_fit, validation_details
-from llmkit.errors import ParameterForbidden
+from llmkit.engines.http import MAX_ANSWER_BYTES
+from llmkit.errors import ParameterForbidden, UpstreamFailed
 from llmkit.schemas import (
     API,
     Cost,
@@ -140,19 +141,37 @@ class Collector:
         self.tool_calls: dict[int, dict[str, Any]] = {}
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
+        self.size = 0
 
     def add(self, piece: Mapping[str, Any]) -> dict[str, Any]:
         """Take one chunk, or the whole answer; give what is new in it as a frame, empty if nothing is."""
+        try:
+            return self._add(piece)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UpstreamFailed(
+                "The endpoint's answer has not the form of OpenAI's API.", hint="Check base_url and api."
+            ) from error
+
+    def add_whole(self, answer: Mapping[str, Any]) -> None:
+        """Take an answer that came in one piece, or raise `UpstreamFailed` if it is none."""
+        if not answer.get("choices"):
+            raise UpstreamFailed("The endpoint answered without an answer.", hint="Check base_url and model_name.")
+        self.add(answer)
+
+    def _add(self, piece: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(piece.get("usage"), dict):
             self.usage = Usage.model_validate({k: piece["usage"].get(k) for k in Usage.model_fields})
         choices = piece.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        if not choices:
             return {}
         choice = choices[0]
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        self.finish_reason = _text(choice.get("finish_reason") or self.finish_reason or "") or None
         part = choice.get("delta") or choice.get("message") or choice
-        text = part.get("content") or part.get("text") or ""
-        reasoning = part.get("reasoning") or part.get("reasoning_content") or ""
+        text = _text(part.get("content") or part.get("text") or "")
+        reasoning = _text(part.get("reasoning") or part.get("reasoning_content") or "")
+        self.size += len(text) + len(reasoning)
+        if self.size > MAX_ANSWER_BYTES:
+            raise UpstreamFailed("The answer does not end.")
         frame: dict[str, Any] = {}
         if text:
             self.text.append(text)
@@ -190,6 +209,13 @@ class Collector:
             timings=clock.timings(self.usage),
             cost=_cost(self.usage, prices),
         )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} in the place of text")
+    # Half a surrogate pair cannot be sent on as UTF-8.
+    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cost(usage: Usage | None, prices: Prices | None) -> Cost | None:

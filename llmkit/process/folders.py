@@ -49,7 +49,7 @@ class ServerFolder:
             base.chmod(0o700)
         self.path = base / f"{os.getpid()}-{os.urandom(3).hex()}"
         self.path.mkdir(mode=0o700)
-        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock: int | None = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         _try_lock(self._lock)
 
     def remove_abandoned(self) -> list[Path]:
@@ -74,8 +74,9 @@ class ServerFolder:
 
     def remove(self) -> None:
         """Remove the folder, and what is in it."""
-        with contextlib.suppress(OSError):
-            os.close(self._lock)  # first: Windows removes no open file
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)  # first: Windows removes no open file
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -421,7 +421,7 @@ class ModelRegistry:
                 path, body = to_openai(request, options, defaults, capabilities.api or "chat", http.endpoint.model)
                 collector = Collector()
                 if send is None:
-                    collector.add(await http.json("POST", path, body))
+                    collector.add_whole(await http.json("POST", path, body))
                 else:
                     async for piece in http.events(path, body):
                         if frame := collector.add(piece):

@@ -184,7 +184,7 @@ async def test_a_folder_that_cannot_be_used_is_a_503_that_says_which(
     await app.stop_extension()
     (tmp_path / "file").write_text("")
     app.state_dir = str(tmp_path / "file" / "below")
-    app._registry = app._starting = None
+    app._registry = app._starting = app._stopping = app._folder = None
     answer = await call("GET", "llm/models")
     assert (answer.status, answer.json["error"]["code"]) == (503, "not_ready")
     assert "LLMKIT_STATE_DIR" in answer.json["error"]["hint"]

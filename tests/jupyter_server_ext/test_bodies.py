@@ -31,6 +31,8 @@ GOOD = {"model_id": "m", "model_name": "n", "model_type": "openai"}
         b'{"model_id": "m"} x',
         b'{"model_id": NaN}',
         b'{"model_id": Infinity}',
+        b'{"model_id": 1e999}',
+        b'{"a": [' + b"1," * 200_000 + b"1]}",
         b'{"model_id": -Infinity}',
         b'{"model_id": "\\ud800"}',
         b'{"model_id": "\xff"}',
@@ -64,6 +66,28 @@ async def test_a_configuration_over_1_mib_is_a_413_and_a_prompt_of_that_size_is_
     await call("POST", f"llm/load_model/{config_id}")
     answer = await call("POST", "llm/inference", {"model_id": "m", "prompt": large})
     assert answer.status == 200
+
+
+def test_a_get_without_credentials_is_not_let_send_a_body(server: JupyterServer) -> None:
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    where = urlsplit(server.url)
+    server.request("GET", "llm/health")
+    before = process.memory_info().rss
+    size = 31 << 20
+    connections = []
+    for _ in range(4):
+        connection = socket.create_connection((where.hostname, where.port), timeout=30)
+        head = f"GET {where.path}llm/inference HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 1}\r\n\r\n"
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(head.encode() + b"x" * size)
+        connections.append(connection)
+    server.request("GET", "llm/health")
+    grown = (process.memory_info().rss - before) / 1e6
+    for connection in connections:
+        connection.close()
+    print(f"R5: grew by {grown:.1f} MB while 4 clients sent 31 MiB each with a GET")
+    assert grown <= 5
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -102,8 +126,8 @@ async def test_a_body_that_is_too_large_fills_no_memory_with_credentials_either(
 
 IDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 HOSTILE = [
-    "", " ", ".", "..", "../x", "..%2fx", "a/b", "a\\b", "a\x00", "a\n", "\na", "a\r\nX: y", "--flag", "-x", "_x", "a b",
-    "a\t", "a" * 129, "é", "a\u0301", "\u202ea", "a\u200b", "ａ", "a;b", "a|b", "a&b", "$HOME", "`id`", "a'b", 'a"b',
+    "", " ", ".", "..", "../x", "..%2fx", "a/b", "a\\b", "a\x00", "a\n", "\na", "a\r\nX: y", "--flag", "-x", "_x",
+    "a b", "a\t", "a" * 129, "é", "a\u0301", "\u202ea", "a\u200b", "ａ", "a;b", "a|b", "a&b", "$HOME", "`id`", "a'b", 'a"b',
     "<script>", "%00", "a%", "a?b", "a#b", "{}", "[x]", "~", "a*", "\ufeffa", "\U0001f600", "a,b", "a=b", "a+b", "(a)",
 ]  # fmt: skip
 FINE = ["a", "7", "demo", "llama3:8b", "gpt-4o-mini", "A.b_c-d@e:f", "a" * 128, "0" * 128, "a--", "a..b"]

@@ -173,6 +173,9 @@ async def test_a_client_that_leaves_ends_the_request_at_the_engine(
         ({"model_kwargs": {"temperature": "hot"}}, "model_kwargs.temperature", "number"),
         ({"model_kwargs": {"generation": {"max_tokens": 0}}}, "model_kwargs.generation.max_tokens", "greater than"),
         ({"model_kwargs": {"engine": {"base_url": "ftp://x"}}}, "model_kwargs.base_url", "http://"),
+        ({"model_kwargs": {"base_url": "http://x/v1?key=k"}}, "model_kwargs.base_url", "query"),
+        ({"model_kwargs": {"base_url": "http://a..b/v1"}}, "model_kwargs.base_url", "host name"),
+        ({"model_kwargs": {str(i): i for i in range(300)}}, "model_kwargs", "more than 256"),
         ({"model_kwargs": {"base_url": "http://u:p@x/"}}, "model_kwargs.base_url", "user name"),
         ({"model_kwargs": {"top_p": 1, "generation": {"top_p": 1}}}, "model_kwargs.generation.top_p", "given twice"),
         ({"model_kwargs": []}, "model_kwargs", "dictionary"),
@@ -277,9 +280,12 @@ async def test_configuring_the_same_again_gives_the_same_id_and_something_else_c
 async def test_get_then_put_changes_nothing(call: Any, configure: Any, upstream: MockUpstream) -> None:
     config_id = await configure(description="mine", prices={"input": 1, "output": 2})
     stored = (await call("GET", f"llm/configuration/{config_id}")).json
-    body = {key: value for key, value in stored.items() if key != "config_id"}
-    assert (await call("PUT", f"llm/configuration/{config_id}", body)).json == stored
+    before = (await call("GET", "llm/models")).json["revision"]
+    assert (await call("PUT", f"llm/configuration/{config_id}", stored)).json == stored
     assert (await call("GET", f"llm/configuration/{config_id}")).json == stored
+    assert (await call("GET", "llm/models")).json["revision"] == before
+    other = {**stored, "config_id": "00000000-0000-0000-0000-000000000000"}
+    assert (await call("PUT", f"llm/configuration/{config_id}", other)).status == 422
 
 
 async def test_put_of_generation_defaults_holds_from_the_next_request(
@@ -416,5 +422,113 @@ async def test_configurations_survive_the_server(
     await app.stop_extension()
     await app.stop_extension()  # twice, as two SIGTERMs do
     assert (await call("POST", "llm/configure_model", GPT3)).status == 503
-    app._registry = app._starting = None  # what a new process begins with
+    app._registry = app._starting = app._stopping = app._folder = None  # what a new process begins with
     assert [c["config_id"] for c in (await call("GET", "llm/configurations")).json] == [config_id]
+
+
+CHUNK = {"choices": [{"delta": {"content": "The"}}]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"choices": []},
+        {"choices": ["text"]},
+        {"choices": [{"message": {"content": [{"type": "text"}]}}]},
+        {"choices": [{"message": {"content": 3}}]},
+        {"choices": [{"message": {"content": "x", "tool_calls": ["x"]}}]},
+        {"choices": [{"message": {"content": "x"}, "finish_reason": {"x": 1}}]},
+        {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "many"}},
+        {"error": {"message": "slow down", "code": "rate_limit_exceeded"}},
+        {"error": "text"},
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_of_another_form_is_a_502_never_a_500(
+    call: Any, configure: Any, upstream: MockUpstream, answer: dict[str, Any], stream: bool
+) -> None:
+    await call("POST", f"llm/load_model/{await configure()}")
+
+    async def odd(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if not stream:
+            return web.json_response(answer)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for piece in (CHUNK, answer):
+            await response.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
+        return response
+
+    upstream.respond = odd
+    body = {"model_id": "example_model", "prompt": "Hi", "inference_kwargs": {"stream": stream}}
+    told = await call("POST", "llm/inference", body)
+    if stream:
+        *_, last = frames(told.text)
+        assert json.loads(last)["error"]["code"] in ("upstream_failed", "engine_gone")
+    else:
+        assert (told.status, told.json["error"]["code"]) == (502, "upstream_failed")
+
+
+async def test_half_a_surrogate_pair_in_an_answer_is_replaced(
+    call: Any, configure: Any, upstream: MockUpstream
+) -> None:
+    await call("POST", f"llm/load_model/{await configure()}")
+
+    async def half(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.json_response(chat_answer("caf\u00e9 \ud83d"))
+
+    upstream.respond = half
+    answer = await call("POST", "llm/inference", {"model_id": "example_model", "prompt": "Hi"})
+    assert answer.json["response"] == "caf\u00e9 \ufffd"
+
+
+async def test_a_stream_that_comes_in_one_burst_can_be_cancelled(
+    call: Any, configure: Any, upstream: MockUpstream
+) -> None:
+    await call("POST", f"llm/load_model/{await configure()}")
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+    async def endless(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        loop.call_soon_threadsafe(begun.set)
+        while True:
+            await response.write((b"data: " + json.dumps(CHUNK).encode() + b"\n\n") * 50)
+
+    upstream.respond = endless
+    kwargs = {"stream": True, "request_id": "mine"}
+    body = {"model_id": "example_model", "prompt": "Hi", "inference_kwargs": kwargs}
+    running = asyncio.create_task(call("POST", "llm/inference", body))
+    await asyncio.wait_for(begun.wait(), 10)
+    await asyncio.sleep(0.2)
+    assert (await call("DELETE", "llm/inference/mine")).status == 200
+    *_, last = frames((await asyncio.wait_for(running, 10)).text)
+    assert json.loads(last)["error"]["message"] == "The request was cancelled."
+    assert (await call("GET", "llm/models/example_model")).json["in_flight"] == 0
+
+
+@pytest.mark.parametrize("status", [200, 302])
+async def test_a_page_or_a_redirect_is_no_endpoint(
+    call: Any, configure: Any, upstream: MockUpstream, status: int
+) -> None:
+    async def page(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.Response(status=status, headers={"Location": "/x"}, text="<html>", content_type="text/html")
+
+    upstream.respond = page
+    answer = await call("POST", f"llm/load_model/{await configure()}")
+    assert (answer.status, answer.json["error"]["code"]) == (502, "upstream_failed")
+
+
+async def test_a_wrong_openai_base_url_of_the_server_harms_no_model_with_its_own(
+    call: Any, configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MockUpstream() as upstream:
+        monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000/v1")
+        config_id = await configure(model_kwargs={"base_url": upstream.base_url})
+        assert (await call("POST", f"llm/load_model/{config_id}")).status == 200
+
+
+async def test_equal_configurations_sent_at_once_get_one_id(call: Any, upstream: MockUpstream) -> None:
+    answers = await asyncio.gather(*(call("POST", "llm/configure_model", GPT3) for _ in range(8)))
+    assert {answer.status for answer in answers} == {200}
+    assert len({answer.json["config_id"] for answer in answers}) == 1

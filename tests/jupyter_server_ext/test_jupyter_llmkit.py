@@ -15,7 +15,7 @@ from jupyter_server_ext.app import DEFAULT_PORT, LLMKitApp
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_it_prints_a_curl_line_that_works() -> None:
     with JupyterServer("llmkit", env={"JUPYTER_TOKEN": ""}) as server:
-        (line,) = wait_until(lambda: re.findall(r"^ +(curl .*)$", server.log, re.M), "a curl line")
+        (line,) = wait_until(lambda: re.findall(r"^ +(curl .*)$", server.log, re.MULTILINE), "a curl line")
         ran = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=30, check=True)  # noqa: S602
         assert '"models":[]' in ran.stdout
 
