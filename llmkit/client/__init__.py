@@ -5,8 +5,7 @@ from __future__ import annotations
 from llmkit.client.client import Client
 from llmkit.client.discovery import connect
 from llmkit.client.events import Watcher
-from llmkit.client.results import Answer, Model, ModelList, ModelType
+from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType
 from llmkit.client.streaming import AnswerStream
-from llmkit.schemas import Configuration
 
 __all__ = ["Answer", "AnswerStream", "Client", "Configuration", "Model", "ModelList", "ModelType", "Watcher", "connect"]

@@ -13,10 +13,10 @@ import httpx
 
 from llmkit.client.connection import Connection
 from llmkit.client.loading import follow
-from llmkit.client.results import Answer, Model, ModelList, ModelType, read_configuration
+from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
 from llmkit.client.streaming import AnswerStream
 from llmkit.errors import LLMKitError
-from llmkit.schemas import OPTIONAL_FIELDS, Configuration, Health, Memory, Snapshot
+from llmkit.schemas import OPTIONAL_FIELDS, Health, Memory, Snapshot
 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from llmkit import schemas
-from llmkit.schemas import Configuration, Wire
+from llmkit.schemas import Wire
 
 _COLUMNS = ("model_id", "status", "model_type", "model_name", "memory", "error")
 
@@ -23,6 +23,13 @@ class Answer(schemas.InferenceAnswer):
 
     def _repr_markdown_(self) -> str:
         return self.response
+
+
+class Configuration(schemas.Configuration):
+    """A stored configuration."""
+
+    def __repr__(self) -> str:
+        return f"Configuration({', '.join(f'{name}={value!r}' for name, value in self.to_wire().items())})"
 
 
 class Model(schemas.Model):
@@ -44,20 +51,27 @@ class ModelList(list[Model]):
     def __repr__(self) -> str:
         if not self:
             return "No models yet: client.configure('demo', 'llmkit/demo', 'vllm') makes one."
-        rows = [_COLUMNS, *(_cells(model) for model in self)]
-        kept = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows[1:])]
-        widths = {i: max(len(row[i]) for row in rows) for i in kept}
-        return "\n".join("  ".join(row[i].ljust(widths[i]) for i in kept).rstrip() for row in rows)
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
     def _repr_html_(self) -> str:
         if not self:
             return f"<p>{escape(repr(self))}</p>"
-        head = "".join(f'<th scope="col" style="text-align: left">{name}</th>' for name in _COLUMNS)
-        rows = "".join(
-            "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in _cells(model)) + "</tr>"
-            for model in self
+        head, *rows = self._rows()
+        titles = "".join(f'<th scope="col" style="text-align: left">{name}</th>' for name in head)
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in row) + "</tr>"
+            for row in rows
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _rows(self) -> list[list[str]]:
+        """Give head and rows without the columns that are empty."""
+        rows = [_COLUMNS, *(_cells(model) for model in self)]
+        kept = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows[1:])]
+        return [[row[i] for i in kept] for row in rows]
 
 
 class ModelType(Wire):

@@ -7,14 +7,14 @@ from typing import Any
 
 import ipywidgets as w
 
-from llmkit.client import ModelType
+from llmkit.client import Configuration, ModelType
 from llmkit.errors import ConfigurationExists, LLMKitError
 from llmkit.panel import markup
 from llmkit.panel.desk import Desk
 from llmkit.panel.fields import Argument, Field, read_arguments
 from llmkit.panel.key_field import KeyField
 from llmkit.panel.widgets import Kit, assign, beside_cells, close_all, show
-from llmkit.schemas import Configuration, ModelConfigRequest
+from llmkit.schemas import ModelConfigRequest
 
 NAMES = ("model_id", "model_name")
 POLICIES = ("description", "auto_load", "max_in_flight", "max_queued")

@@ -14,7 +14,7 @@ from llmkit.panel.key_field import KeyField
 from llmkit.panel.widgets import Kit, assign
 
 UNSET = "Default"
-KEY_PLACEHOLDER = "a key, or env:NAME for a variable of the server"
+KEY_PLACEHOLDER = "a key, or env:NAME"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Option:
         self.switch = kit.make(w.Checkbox, description=label, value=False, indent=False)
         self.switch.tooltip = "Off: as the model's configuration says"
         control.disabled = True
+        control.description = label  # for who hears the page: beside its switch it is not seen
         self.switch.observe(lambda change: desk.lane.call(lambda: assign(control, disabled=not change["new"])), "value")
         self.widget = kit.row(self.switch, control, name="llmkit-option")
 
@@ -97,8 +98,7 @@ class PromptTab:
         chosen = self.model.value
         if loaded != self.model.options:
             self.model.options = loaded
-            if chosen in loaded:
-                self.model.value = chosen
+            self.model.value = chosen if chosen in loaded else next(iter(loaded), None)
         if self._wanted in loaded:
             self.model.value, self._wanted = self._wanted, None
         self._draw()

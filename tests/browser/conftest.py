@@ -36,12 +36,14 @@ class Notebook:
         self.page = page
         self.server = server
         self.problems: list[str] = []
-        name = f"notebook-{next(numbers)}.ipynb"
+        number = next(numbers)
+        name = f"notebook-{number}.ipynb"
         self.file = server.root_dir / name
         self.file.write_text(json.dumps(notebook(*cells)))
         page.set_default_timeout(STEP_MS)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.goto(f"{server.url}lab/tree/{name}?token={server.token}")
+        # A workspace of its own: no tab of another test is opened again.
+        page.goto(f"{server.url}lab/workspaces/w{number}/tree/{name}?token={server.token}")
         self.wait_for_kernel()
 
     def wait_for_kernel(self) -> None:
@@ -79,7 +81,7 @@ class Notebook:
         self.page.locator(".lm-Menu-item", has_text="Theme").first.click()
         self.page.locator(".lm-Menu-item", has_text=re.compile(f"^{name}$")).first.click()
         light = "false" if "Dark" in name else "true"
-        self.page.locator(f"body[data-jp-theme-light='{light}']").wait_for()
+        self.page.locator(f"body[data-jp-theme-light='{light}']").wait_for(state="attached")
 
     def photograph(self, name: str) -> None:
         """Take a picture for a person to look at."""

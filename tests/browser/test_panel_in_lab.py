@@ -44,8 +44,6 @@ def test_a_configured_model_is_loaded_and_asked(open_notebook: Any, configure: C
     notebook.save()
     notebook.page.reload()
     notebook.wait_for_kernel()
-    notebook.row("ask").wait_for()
-    notebook.tab("Prompt")
     notebook.panel.locator(".llmkit-turn").nth(1).wait_for()
     assert notebook.panel.locator(".llmkit-question").all_inner_texts() == [QUESTION, "And of Spain?"]
 

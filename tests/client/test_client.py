@@ -416,6 +416,12 @@ def test_the_table_of_models_is_text_and_safe_html(client: Client) -> None:
     assert "<script>" not in client.model("ask")._repr_html_()
 
 
+def test_a_configuration_shows_only_what_was_set(client: Client) -> None:
+    made = client.configure("ask", "gpt-3", "openai", {"temperature": 0.5}, max_queued=3)
+    expected = f"config_id={made.config_id!r}, model_id='ask', model_name='gpt-3', model_type='openai', "
+    assert repr(made) == f"Configuration({expected}model_kwargs={{'temperature': 0.5}}, max_queued=3)"
+
+
 def test_an_empty_table_says_how_to_begin() -> None:
     assert "client.configure" in repr(ModelList())
     assert "client.configure" in ModelList()._repr_html_()

@@ -127,7 +127,8 @@ async def test_a_body_that_is_too_large_fills_no_memory_with_credentials_either(
 IDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 HOSTILE = [
     "", " ", ".", "..", "../x", "..%2fx", "a/b", "a\\b", "a\x00", "a\n", "\na", "a\r\nX: y", "--flag", "-x", "_x",
-    "a b", "a\t", "a" * 129, "é", "a\u0301", "\u202ea", "a\u200b", "ａ", "a;b", "a|b", "a&b", "$HOME", "`id`", "a'b", 'a"b',
+    "a b",
+    "a\t", "a" * 129, "é", "a\u0301", "\u202ea", "a\u200b", "ａ", "a;b", "a|b", "a&b", "$HOME", "`id`", "a'b", 'a"b',
     "<script>", "%00", "a%", "a?b", "a#b", "{}", "[x]", "~", "a*", "\ufeffa", "\U0001f600", "a,b", "a=b", "a+b", "(a)",
 ]  # fmt: skip
 FINE = ["a", "7", "demo", "llama3:8b", "gpt-4o-mini", "A.b_c-d@e:f", "a" * 128, "0" * 128, "a--", "a..b"]

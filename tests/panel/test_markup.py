@@ -84,3 +84,8 @@ def test_without_a_server_the_card_says_what_was_tried_and_what_to_start() -> No
     assert "<b>None was found.</b>" in card
     assert "<li>here: no</li>" in card
     assert "jupyter lab" in card
+
+
+def test_what_stands_between_backticks_is_shown_as_code() -> None:
+    card = markup.error_card(LoadFailed("no", hint="Run `pip <x>`, then\n`that`."))
+    assert "Run <code>pip &lt;x&gt;</code>, then<br><code>that</code>." in card

@@ -23,6 +23,7 @@ from llmkit.panel.lane import Lane
 from llmkit.panel.model_row import ModelRow
 from llmkit.panel.prompt_tab import PromptTab, describe
 from llmkit.panel.widgets import Kit
+from llmkit.schemas import Snapshot
 
 CANARY = "sk-canary-Zq3vT8wL"
 
@@ -410,8 +411,8 @@ def asking(panel: Panel, configure: Callable[[str], None], client: Client) -> An
     client.load("ask", progress=False)
     assert panel.prompt is not None
     wait_until(lambda: "ask" in panel.prompt.model.options, "the model", 5)  # type: ignore[union-attr]
-    panel.prompt.model.value = "ask"
     assert panel._lane.settle(5)
+    panel.prompt.choose("ask")
     return panel.prompt
 
 
@@ -455,6 +456,18 @@ def test_without_a_loaded_model_nothing_can_be_sent(client: Client, lane: Lane) 
     prompt._on_send()
     assert lane.settle(5)
     assert prompt.transcript.turns == []
+
+
+def test_the_first_model_that_is_loaded_is_chosen_without_a_click(client: Client, lane: Lane) -> None:
+    prompt = PromptTab(Desk(client, lane, Kit(), print, print, print))
+    models = [
+        {"model_id": name, "config_id": name, "model_name": "n", "model_type": "t", "status": status}
+        for name, status in (("a", "unloaded"), ("b", "loaded"), ("c", "loaded"))
+    ]
+    prompt.update(Snapshot.model_validate({"epoch": "e", "revision": 1, "models": models}))
+    assert (prompt.model.options, prompt.model.value, prompt.send.disabled) == (("b", "c"), "b", False)
+    prompt.update(Snapshot(epoch="e", revision=2, models=[]))
+    assert (prompt.model.value, prompt.send.disabled) == (None, True)
 
 
 def test_an_empty_prompt_is_not_sent(asking: Any) -> None:
