@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from jupyter_server.auth.decorator import authorized
@@ -56,7 +57,8 @@ class InferenceHandler(LLMHandler):
             if error is not raised:
                 self.log_exception(type(raised), raised, raised.__traceback__)
             await self._send({"error": error.to_wire()["error"]})
-        await self.finish()
+        with contextlib.suppress(iostream.StreamClosedError):  # a client may leave with the last word
+            await self.finish()
 
     async def _send(self, frame: dict[str, Any]) -> None:
         if not self._headers_written:

@@ -181,7 +181,8 @@ def validation_details(
             message = "is missing"
         elif item["type"] == "string_pattern_mismatch":
             field = schema.model_fields.get(str(path[0])) if path else None
-            message = f"does not fit; {field.description}" if field and field.description else message
+            if field is not None and field.description:
+                message = f"does not fit: {field.description.rpartition(': ')[2]}"
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
         details.append({"path": ".".join((*prefix, *map(str, path))), "message": message})
