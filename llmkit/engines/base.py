@@ -182,7 +182,8 @@ def validation_details(
         elif item["type"] == "string_pattern_mismatch":
             field = schema.model_fields.get(str(path[0])) if path else None
             if field is not None and field.description:
-                message = f"does not fit: {field.description.rpartition(': ')[2]}"
+                _, _, rule = field.description.partition(": ")
+                message = f"does not fit: {rule or field.description}"
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
         details.append({"path": ".".join((*prefix, *map(str, path))), "message": message})
