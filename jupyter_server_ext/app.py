@@ -19,7 +19,8 @@ from traitlets import Dict, Int, List, Unicode, default
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
-from llmkit.registry.registry import Event, ModelRegistry, Settings
+from llmkit.registry.changes import Event
+from llmkit.registry.registry import ModelRegistry, Settings
 
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"

@@ -27,6 +27,7 @@ from llmkit.errors import (
     WrongState,
 )
 from llmkit.inference.prompting import Clock, Collector, read_options, to_openai
+from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.model import Model, Running
 from llmkit.registry.secrets import KeyPolicy
@@ -41,11 +42,9 @@ from llmkit.schemas import (
     Snapshot,
 )
 
-PROGRESS_INTERVAL_SECONDS = 0.25
 REFRESH_SECONDS = 0.5
 CLOSE_SECONDS = 12.0
 
-Event = dict[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
@@ -89,11 +88,9 @@ class ModelRegistry:
         environ: Mapping[str, str] = os.environ,
         engine_types: Mapping[str, EngineType] | None = None,
     ) -> None:
-        self.epoch = os.urandom(16).hex()
-        self.revision = 0
         self.engine_types = dict(engine_types if engine_types is not None else load_engine_types(logger))
         self._settings = settings
-        self._emit = emit
+        self._changes = Changes(emit)
         self._log = logger
         self._stored = Configurations(
             settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ
@@ -102,8 +99,6 @@ class ModelRegistry:
         self._deleting: set[Model] = set()
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._progress_due: dict[str, asyncio.TimerHandle] = {}
-        self._progress_sent: dict[str, float] = {}
         self._closing = False
         self._behind = False
 
@@ -141,8 +136,7 @@ class ModelRegistry:
         unloads = [asyncio.create_task(model.unload()) for model in models]
         if unloads:
             await asyncio.wait(unloads, timeout=CLOSE_SECONDS)
-        for handle in self._progress_due.values():
-            handle.cancel()
+        self._changes.close()
         tasks = [*self._tasks, *unloads]
         for task in tasks:
             task.cancel()
@@ -168,14 +162,14 @@ class ModelRegistry:
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,
             api_version=API_VERSION,
-            epoch=self.epoch,
+            epoch=self._changes.epoch,
             problems=problems,
         )
 
     def snapshot(self) -> Snapshot:
         """Give every model as it is now."""
         models = [model.snapshot() for model in self._models.values()]
-        return Snapshot(epoch=self.epoch, revision=self.revision, models=models)
+        return Snapshot(epoch=self._changes.epoch, revision=self._changes.revision, models=models)
 
     def configurations(self) -> list[Configuration]:
         """Give every configuration, oldest first."""
@@ -465,36 +459,9 @@ class ModelRegistry:
             self._changed(model, "deleted")
 
     def _changed(self, model: Model, change: str) -> None:
-        """Count the change and tell everybody; progress at most four times a second for one model."""
-        model_id = model.configuration.model_id
-        if change != "deleted" and self._models.get(model_id) is not model:
-            return  # deleted already; its engine may still be on the way down
-        self.revision += 1
-        if change != "progress":
-            self._emit_now(model, change)
-        elif model_id not in self._progress_due:
-            wait = self._progress_sent.get(model_id, 0.0) + PROGRESS_INTERVAL_SECONDS - time.monotonic()
-            self._progress_due[model_id] = asyncio.get_running_loop().call_later(
-                max(0.0, wait), self._emit_now, model, change
-            )
-
-    def _emit_now(self, model: Model, change: str) -> None:
-        model_id = model.configuration.model_id
-        due = self._progress_due.pop(model_id, None)
-        if due is not None:
-            due.cancel()
-        if change == "progress":
-            self._progress_sent[model_id] = time.monotonic()
-        self._emit(
-            {
-                "epoch": self.epoch,
-                "revision": self.revision,
-                "change": change,
-                "model_id": model_id,
-                "config_id": model.configuration.config_id,
-                "model": None if change == "deleted" else model.snapshot().model_dump(mode="json"),
-            }
-        )
+        """Tell a change, unless the model was deleted: its engine may still be on the way down."""
+        if change == "deleted" or self._models.get(model.configuration.model_id) is model:
+            self._changes.tell(model, change)
 
     async def _follow_other_servers(self) -> None:
         """Take over what another server of the same home has configured or deleted."""
