@@ -184,6 +184,12 @@ class LLMKitApp(ExtensionApp):
 
     # -- jupyter llmkit ------------------------------------------------------------------------------------
 
+    def _jupyter_server_config(self) -> dict[str, Any]:
+        # Jupyter applies this after the command line; ours are defaults, so what was given stays.
+        config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
+        given = self._server.config.get("ServerApp", {}) if self.serverapp else {}
+        return {"ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given}}
+
     def _print_curl_line(self) -> None:
         """Say how to reach a server that has nothing but llmkit."""
         server = self._server

@@ -26,6 +26,11 @@ def test_it_serves_on_8105_of_this_machine_alone_unless_told_otherwise() -> None
     assert (config["port"], config["ip"]) == (8105, "127.0.0.1")
 
 
+def test_the_command_line_wins() -> None:
+    with JupyterServer("llmkit") as server:  # which asks for any free port
+        assert f":{DEFAULT_PORT}/" not in server.url
+
+
 def test_it_leaves_other_extensions_out() -> None:
     with JupyterServer("llmkit") as server:
         assert server.request("GET", "llm/health").status_code == 200
