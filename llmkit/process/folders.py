@@ -47,10 +47,19 @@ class ServerFolder:
                     f"{base} belongs to another user.", hint="Set LLMKIT_RUN_DIR to a short path of your own."
                 )
             base.chmod(0o700)
-        self.path = base / f"{os.getpid()}-{os.urandom(3).hex()}"
-        self.path.mkdir(mode=0o700)
-        self._lock: int | None = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        _try_lock(self._lock)
+        self.path, self._lock = self._make(base)
+
+    @staticmethod
+    def _make(base: Path) -> tuple[Path, int | None]:
+        while True:
+            path = base / f"{os.getpid()}-{os.urandom(3).hex()}"
+            path.mkdir(mode=0o700)
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            if _try_lock(lock) and (path / _LOCK).exists():
+                return path, lock
+            # A server that starts now took it for abandoned before it was locked.
+            os.close(lock)
+            shutil.rmtree(path, ignore_errors=True)
 
     def remove_abandoned(self) -> list[Path]:
         """End the engines and remove the folders of servers that are gone.
