@@ -110,9 +110,9 @@ def test_held_out_questions_are_answered_as_often_as_the_card_says(demo: Demo, k
     assert share >= stated(row) - slack, wrong
 
 
-def test_raw_completions_finish_sentences(demo: Demo) -> None:
-    prompts = ["The capital of France is", "Paris is the capital of", "Tokyo is the capital of"]
-    assert demo.complete(prompts) == [" Paris.", " France.", " Japan."]
+def test_raw_completions_answer_questions_and_finish_sentences(demo: Demo) -> None:
+    prompts = ["What is the capital of France?", "The capital of France is", "Paris is the capital of"]
+    assert demo.complete(prompts) == ["The capital of France is Paris.", " Paris.", " France."]
 
 
 def test_it_stops_after_a_long_prompt(demo: Demo) -> None:
