@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,12 +26,11 @@ from typing import Any
 from llmkit import schemas
 from llmkit.engines.base import Engine, EngineExit, LoadProgress
 from llmkit.engines.http import EngineHTTP
+from llmkit.engines.log import LOG_TAIL_LINES, last_lines
 from llmkit.errors import EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
 from llmkit.inference.admission import Admission
 from llmkit.schemas import Capabilities, Configuration, Memory, ModelError, Phase, Status
 
-LOG_TAIL_LINES = 50
-LOG_TAIL_BYTES = 64 << 10
 NOT_LOADED = Memory(reason="not loaded")
 
 _NEXT: dict[Status, set[Status]] = {
@@ -249,7 +247,7 @@ class Model:
     async def _model_error(self, error: LLMKitError) -> ModelError:
         tail = error.details.get("log_tail")
         if tail is None:
-            tail = await asyncio.to_thread(log_tail, self.log_file, LOG_TAIL_LINES)
+            tail = await asyncio.to_thread(last_lines, self.log_file, LOG_TAIL_LINES)
         return ModelError(
             code=error.code,
             message=error.message,
@@ -395,15 +393,3 @@ class Model:
                 param="model_id",
                 hint=f"POST /llm/load_model/{config_id} loads it.",
             )
-
-
-def log_tail(path: Path, lines: int) -> list[str]:
-    """Read the last lines of a log; blocks, and reads at most 64 KiB."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - LOG_TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    return list(deque(text.splitlines(), maxlen=lines))

@@ -15,11 +15,11 @@ import psutil
 from llmkit.demo import DEMO_MODEL_NAME, demo_model_path
 from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
 from llmkit.engines.http import EngineHTTP
+from llmkit.engines.log import LOG_TAIL_LINES, LogFollower, last_lines
 from llmkit.engines.vllm.arguments import VLLMArguments, to_flags
 from llmkit.engines.vllm.environment import engine_environ
-from llmkit.engines.vllm.failures import LOG_TAIL_LINES, READ_LINES, explain
+from llmkit.engines.vllm.failures import READ_LINES, explain
 from llmkit.engines.vllm.install import has_nvidia_gpu, installed
-from llmkit.engines.vllm.log import LogFollower, last_lines
 from llmkit.engines.vllm.progress import LoadLog
 from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, TimedOut
 from llmkit.process.keeper import Ended, KeptProcess

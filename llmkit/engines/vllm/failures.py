@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from llmkit.engines.log import LOG_TAIL_LINES
 from llmkit.engines.vllm.progress import clean
 from llmkit.errors import DiskFull, DoesNotFit, LLMKitError, LoadFailed, ModelNameNotFound
 
-LOG_TAIL_LINES: Final = 50
 """Lines of the log that go with an error."""
 READ_LINES: Final = 1000
 """Lines that the reason is looked for in: vLLM prints a traceback for each of its processes after it."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmkit.engines.vllm.log import LogFollower, last_lines
+from llmkit.engines.log import LogFollower, last_lines
 
 
 def test_a_log_is_followed_from_its_first_line_on(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Final
 
 MAX_READ_BYTES: Final = 1 << 20
+LOG_TAIL_LINES: Final = 50
+"""What of its log an error carries."""
 
 # Progress bars end their lines with a carriage return alone.
 _LINE_END = re.compile(rb"[\r\n]+")
@@ -36,12 +38,14 @@ class LogFollower:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """Give the last lines of a log, out of its last megabyte."""
+    """Give the last lines of a log, out of its last megabyte; none if it cannot be read or is empty."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - MAX_READ_BYTES))
-            text = file.read(MAX_READ_BYTES)
-    except FileNotFoundError:
+            text = file.read(MAX_READ_BYTES).strip()
+    except OSError:
         return []
-    return [line.decode("utf-8", "replace") for line in _LINE_END.split(text.strip())][-count:]
+    if not text:
+        return []
+    return [line.decode("utf-8", "replace") for line in _LINE_END.split(text)][-count:]
