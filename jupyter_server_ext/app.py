@@ -14,7 +14,7 @@ from jupyter_core.paths import jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
-from traitlets import Dict, Int, List, Unicode, default
+from traitlets import Dict, Float, Int, List, Unicode, default
 
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
@@ -60,6 +60,27 @@ class LLMKitApp(ExtensionApp):
     ).tag(config=True)
     max_queued = Int(
         256, min=0, help="Requests of one model that wait at most, where its configuration does not say."
+    ).tag(config=True)
+    max_loaded_models = Int(
+        0,
+        min=0,
+        help="Models that hold memory of this machine at once; an idle one is unloaded for the next. 0 is no limit.",
+    ).tag(config=True)
+    idle_ttl = Float(
+        -1.0,
+        help="Seconds without a request after which a model is unloaded, where neither its configuration nor the "
+        "request says; negative is never.",
+    ).tag(config=True)
+    max_idle_ttl = Float(
+        None,
+        allow_none=True,
+        help="Seconds that a model may be idle at most, whoever asks for more; None is no limit.",
+    ).tag(config=True)
+    stall_timeout = Float(
+        300.0,
+        min=1.0,
+        help="Seconds without any sign of life, in the log or in processor time, after which a load is given up. "
+        "There is no limit to a load that goes on.",
     ).tag(config=True)
     configurations = List(
         Dict(),
@@ -136,6 +157,11 @@ class LLMKitApp(ExtensionApp):
                 max_in_flight=self.max_in_flight,
                 max_queued=self.max_queued,
                 configurations=self.configurations,
+                max_loaded_models=self.max_loaded_models,
+                idle_ttl=self.idle_ttl,
+                max_idle_ttl=self.max_idle_ttl,
+                stall_seconds=self.stall_timeout,
+                url=self._server.connection_url,
             )
             registry = ModelRegistry(settings, self._emit, self.log)
             await registry.start()

@@ -20,6 +20,8 @@ classes, so that a notebook sees the server's words.
     │   ├── ModelNotLoaded              model_not_loaded
     │   ├── ModelIsLoaded               model_is_loaded
     │   ├── ModelUnloaded               model_unloaded
+    │   ├── ModelLiveElsewhere          model_live_elsewhere
+    │   ├── NoRoom                      no_room
     │   └── LoadCancelled               load_cancelled
     ├── TooLarge                    413 too_large
     ├── DoesNotFit                  422 does_not_fit
@@ -28,10 +30,17 @@ classes, so that a notebook sees the server's words.
     │   ├── ModelNameNotFound           model_name_not_found
     │   ├── ParameterForbidden          parameter_forbidden
     │   ├── ContextLengthExceeded       context_length_exceeded
+    │   ├── EngineArgumentRefused       engine_argument_refused
     │   └── EngineRefused               engine_refused
     ├── QueueFull                   429 queue_full
     ├── EngineGone                  502 engine_gone
+    │   ├── EngineCrashed               engine_crashed
     │   ├── LoadFailed                  load_failed
+    │   │   ├── OutOfMemory                 out_of_memory
+    │   │   ├── KVCacheTooSmall             kv_cache_too_small
+    │   │   ├── ModelGated                  model_gated
+    │   │   ├── UnknownArchitecture         unknown_architecture
+    │   │   └── LoadStalled                 load_stalled
     │   ├── UpstreamUnreachable         upstream_unreachable
     │   ├── UpstreamRefusedKey          upstream_refused_key
     │   └── UpstreamFailed              upstream_failed
@@ -196,6 +205,18 @@ class ModelUnloaded(WrongState):
     code = "model_unloaded"
 
 
+class ModelLiveElsewhere(WrongState):
+    """Another server of this home has the model loaded."""
+
+    code = "model_live_elsewhere"
+
+
+class NoRoom(WrongState):
+    """No device has room for the model; the message says who holds it."""
+
+    code = "no_room"
+
+
 class LoadCancelled(WrongState):
     """The model was unloaded while it was loading."""
 
@@ -244,6 +265,12 @@ class ContextLengthExceeded(DoesNotFit):
     code = "context_length_exceeded"
 
 
+class EngineArgumentRefused(DoesNotFit):
+    """The engine does not take an argument of the configuration."""
+
+    code = "engine_argument_refused"
+
+
 class EngineRefused(DoesNotFit):
     """The engine answered that the request is wrong."""
 
@@ -262,10 +289,46 @@ class EngineGone(LLMKitError):
     status, code = 502, "engine_gone"
 
 
+class EngineCrashed(EngineGone):
+    """The engine of a loaded model ended without being asked to."""
+
+    code = "engine_crashed"
+
+
 class LoadFailed(EngineGone):
     """The engine did not become ready."""
 
     code = "load_failed"
+
+
+class OutOfMemory(LoadFailed):
+    """A device has not enough memory for the model."""
+
+    code = "out_of_memory"
+
+
+class KVCacheTooSmall(LoadFailed):
+    """The KV cache has no room for a prompt of the wanted length."""
+
+    code = "kv_cache_too_small"
+
+
+class ModelGated(LoadFailed):
+    """The owner of the model decides who may download it."""
+
+    code = "model_gated"
+
+
+class UnknownArchitecture(LoadFailed):
+    """The engine cannot run models of this kind."""
+
+    code = "unknown_architecture"
+
+
+class LoadStalled(LoadFailed):
+    """The engine showed no sign of life while it loaded."""
+
+    code = "load_stalled"
 
 
 class UpstreamUnreachable(EngineGone):

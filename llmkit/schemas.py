@@ -52,6 +52,18 @@ ModelType = Annotated[
 ]
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 
+IdleTTL = Annotated[
+    float,
+    Field(
+        ge=-1e9,
+        le=1e9,
+        allow_inf_nan=False,
+        title="Idle TTL",
+        description="Seconds without a request after which the model is unloaded: 0 as soon as it is idle, negative "
+        "never, none the server's default.",
+    ),
+]
+Restart = Literal["never", "on_failure"]
 Status = Literal["unloaded", "loading", "loaded", "unloading", "failed"]
 Phase = Literal["queued", "starting", "downloading", "weights", "warming", "ready"]
 API = Literal["chat", "completions"]
@@ -92,12 +104,22 @@ class ModelConfigRequest(Strict):
     ] = {}
     description: str | None = Field(None, max_length=2000, description="For people.")
     auto_load: bool | None = Field(None, description="Load at the first request.")
+    idle_ttl: IdleTTL | None = None
+    restart: Restart | None = Field(None, description="What follows when the engine of the loaded model fails.")
     max_in_flight: int | None = Field(None, ge=1, le=10_000, description="Requests running at once.")
     max_queued: int | None = Field(None, ge=0, le=100_000, description="Requests waiting at most.")
     prices: Prices | None = None
 
 
-OPTIONAL_FIELDS: Final = ("description", "auto_load", "max_in_flight", "max_queued", "prices")
+OPTIONAL_FIELDS: Final = (
+    "description",
+    "auto_load",
+    "idle_ttl",
+    "restart",
+    "max_in_flight",
+    "max_queued",
+    "prices",
+)
 """Fields of a configuration that appear in answers only if they were set."""
 
 
@@ -166,6 +188,8 @@ class Memory(Wire):
 
     pss_bytes: int | None = None
     gpu_bytes: int | None = None
+    gpus: dict[int, int] = {}
+    """Bytes on each GPU, by its index; only of GPUs on which it holds any."""
     verified: bool = False
     reason: str | None = None
 
@@ -190,6 +214,14 @@ class ModelError(Wire):
     log_tail: list[str] = []
 
 
+class Download(Wire):
+    """How far the download of a model's files is; bytes that were there before the load do not count."""
+
+    done_bytes: int
+    total_bytes: int | None = None
+    bytes_per_second: float | None = None
+
+
 class Model(Wire):
     """The live side of a configuration."""
 
@@ -203,6 +235,7 @@ class Model(Wire):
     progress: float | None = None
     elapsed_seconds: float | None = None
     eta_seconds: float | None = None
+    download: Download | None = None
     load_seconds: float | None = None
     loaded_at: datetime | None = None
     last_used_at: datetime | None = None
@@ -223,6 +256,110 @@ class Snapshot(Wire):
     models: list[Model]
 
 
+class LogTail(Wire):
+    """Answer of ``GET /llm/models/{model_id}/logs``."""
+
+    model_id: str
+    lines: list[str]
+
+
+class MemoryEstimate(Wire):
+    """What a load is expected to take, before it is tried; null where it is not known, and ``reason`` says why."""
+
+    device: Literal["cpu", "gpu"]
+    device_count: int = 1
+    """GPUs that share the model."""
+    weights_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    overhead_bytes: int | None = None
+    total_bytes: int | None = None
+    """On all devices together."""
+    measured: bool = False
+    """Whether `total_bytes` is what an earlier load of the same configuration held."""
+    reason: str | None = None
+
+
+class LoadPlan(Wire):
+    """Answer of ``POST /llm/load_model/{config_id}?dry_run=true``: what a load would take, and from whom."""
+
+    model_id: str
+    config_id: str
+    estimate: MemoryEstimate | None
+    """None if the model takes no memory of this machine."""
+    free_bytes: int | None = None
+    """Free now, where the model would go."""
+    evict: list[str] = []
+    """Models that would be unloaded to make room."""
+    evictable_bytes: int | None = None
+    """What all idle models hold together."""
+    fits: bool | None
+    """Whether it can be loaded, perhaps after eviction; null if that is not known."""
+    reason: str | None = None
+
+
+class Share(Wire):
+    """What one model holds of a device."""
+
+    model_id: str
+    bytes: int | None
+
+
+class CPUDevice(Wire):
+    """The processor."""
+
+    name: str | None
+    cores: float
+    """That this server may use; a cgroup can allow a fraction."""
+    load: float | None
+    """Processes that ran or waited to run, on average over the last minute."""
+
+
+class RAMDevice(Wire):
+    """Main memory; where a cgroup allows less than the machine has, that counts."""
+
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+    """What can be had without ending anything: memory that merely caches files counts as free."""
+    limited_by: Literal["machine", "cgroup"]
+    shares: list[Share] = []
+
+
+class GPUDevice(Wire):
+    """One GPU."""
+
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+    reserved_bytes: int = 0
+    """Set aside for models that are loading now, here or in another server of this machine."""
+    utilization: float | None = None
+    """Share of the last moments in which it worked, 0 to 1."""
+    shares: list[Share] = []
+
+
+class Devices(Wire):
+    """Answer of ``GET /llm/devices``."""
+
+    cpu: CPUDevice
+    ram: RAMDevice
+    gpus: list[GPUDevice] = []
+    reason: str | None = None
+    """Why there is nothing about GPUs."""
+
+
+class StoreCondition(Wire):
+    """How the configurations are stored."""
+
+    path: str
+    journal_mode: str
+    """``wal``, or ``delete`` where the file system cannot do that."""
+    schema_version: int
+
+
 class Health(Wire):
     """Answer of ``GET /llm/health``."""
 
@@ -231,6 +368,7 @@ class Health(Wire):
     api_version: str
     epoch: str
     problems: list[str] = []
+    store: StoreCondition | None = None
 
 
 # -- inference ---------------------------------------------------------------------------------------------
@@ -256,6 +394,7 @@ class InferenceOptions(BaseModel):
     system: str | None = None
     messages: list[dict[str, JsonValue]] | None = None
     request_id: RequestId | None = None
+    idle_ttl: IdleTTL | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
 
 

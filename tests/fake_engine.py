@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from typing import Any
 
 from aiohttp import web
 
+PR_SET_NAME = 15
 PHASES = ("starting", "weights", "warming", "loaded")
 LOG = {
     "starting": ["non-default args: {'model': 'fake'}", "Resolved architecture: FakeForCausalLM"],
@@ -66,6 +68,8 @@ def start_core(options: argparse.Namespace) -> int:
     pid = os.fork()
     if pid:
         return pid
+    # As vLLM's own processes, which `setproctitle` names; the kernel keeps 15 bytes of it.
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"VLLM::EngineCore", 0, 0, 0)
     if options.setsid:
         os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_sigterm else signal.SIG_DFL)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress
 from llmkit.errors import LLMKitError
-from llmkit.schemas import Capabilities, Configuration, Memory, Strict
+from llmkit.schemas import Capabilities, Configuration, Memory, MemoryEstimate, Strict
 
 
 class ScriptedArguments(Strict):
@@ -29,7 +29,7 @@ class ScriptedEngine:
         self.stops = 0
 
     async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
-        report(LoadProgress("weights", 0.5))
+        report(LoadProgress("weights", 0.5, "weights"))
         await self.ready.wait()
         if self.failure is not None:
             raise self.failure
@@ -58,6 +58,7 @@ class ScriptedEngineType:
     def __init__(self, base_url: str = "http://127.0.0.1:9/v1", *, ready: bool = False) -> None:
         self.base_url = base_url
         self.ready = ready
+        self.failure: LLMKitError | None = None
         self.engines: list[ScriptedEngine] = []
         self.why_unavailable: LLMKitError | None = None
 
@@ -73,8 +74,15 @@ class ScriptedEngineType:
     def default_origin(self) -> str | None:
         return None
 
+    def estimate(self, configuration: Configuration) -> MemoryEstimate | None:
+        size = configuration.model_kwargs.get("size")
+        return MemoryEstimate(device="cpu", total_bytes=int(size)) if isinstance(size, int) else None
+
     def create(self, configuration: Configuration, context: EngineContext) -> ScriptedEngine:
         engine = ScriptedEngine(self.base_url)
+        if self.failure is not None:
+            engine.failure = self.failure
+            engine.ready.set()
         if self.ready:
             engine.ready.set()
         self.engines.append(engine)

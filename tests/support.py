@@ -67,6 +67,11 @@ def wait_until(condition: Callable[[], T], what: str, seconds: float = 10.0, int
     return value
 
 
+def scaled(count: int) -> int:
+    """Give how often a bar is tried: so often in the test suite, times ``LLMKIT_SOAK`` in ``make soak N=...``."""
+    return count * max(1, int(os.environ.get("LLMKIT_SOAK") or 1))
+
+
 def own_environment() -> dict[str, str]:
     """Give this process's environment without what could lead a program to a developer's own Jupyter."""
     return {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)}

@@ -19,7 +19,7 @@ from jupyter_server_ext.handlers.models import (
     ModelsHandler,
     UnloadModelHandler,
 )
-from jupyter_server_ext.handlers.observability import HealthHandler
+from jupyter_server_ext.handlers.observability import DevicesHandler, HealthHandler, LogsHandler
 
 # Every path works with and without its trailing slash; what is not here is a JSON 404, never a redirect.
 ROUTES: list[tuple[str, type[Any]]] = [
@@ -34,6 +34,8 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/model_types/?", ModelTypesHandler),
     (r"/llm/models/?", ModelsHandler),
     (r"/llm/models/([^/]+)/?", ModelHandler),
+    (r"/llm/models/([^/]+)/logs/?", LogsHandler),
+    (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),
 ]

@@ -117,6 +117,15 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
             raise errors.MalformedRequest(f"`{name}` must be a number of seconds from 0 to {most:g}.", param=name)
         return value
 
+    def number(self, name: str, *, default: int, most: int) -> int:
+        """Read a query parameter that is a whole number."""
+        text = self.get_query_argument(name, None)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= most):
+            raise errors.MalformedRequest(f"`{name}` must be a whole number from 0 to {most}.", param=name)
+        return int(text)
+
     # -- the answer ----------------------------------------------------------------------------------------
 
     def answer(self, value: Any, status: int = HTTPStatus.OK) -> None:

@@ -18,10 +18,14 @@ class LoadModelHandler(LLMHandler):
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def post(self, config_id: str) -> None:
-        """Load a model; a client that leaves does not end the load."""
+        """Load a model, or say what that would take; a client that leaves does not end the load."""
         registry = await self.registry()
         wait = self.flag("wait", default=True)
-        model = await registry.load(config_id, wait=wait)
+        force = self.flag("force", default=False)
+        if self.flag("dry_run", default=False):
+            self.answer(await registry.plan(config_id))
+            return
+        model = await registry.load(config_id, wait=wait, force=force)
         if not wait:
             self.answer(model, HTTPStatus.ACCEPTED)
             return

@@ -1,11 +1,19 @@
-"""How the server itself is."""
+"""How the server itself is, what the machine has, and what an engine says."""
 
 from __future__ import annotations
+
+import contextlib
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
-from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
+from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler, until_gone
+from jupyter_server_ext.handlers.streaming import StreamHandler
+from llmkit.registry.registry import ModelRegistry
+from llmkit.schemas import LogTail
+
+DEFAULT_LINES = 200
+MOST_LINES = 10_000
 
 
 class HealthHandler(LLMHandler):
@@ -19,3 +27,40 @@ class HealthHandler(LLMHandler):
         """Answer the condition of registry and store."""
         registry = await self.registry()
         self.answer(registry.health())
+
+
+class DevicesHandler(LLMHandler):
+    """``GET /llm/devices``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Answer CPU, RAM and GPUs, and the share of every model."""
+        registry = await self.registry()
+        self.answer(await registry.devices())
+
+
+class LogsHandler(StreamHandler):
+    """``GET /llm/models/{model_id}/logs``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self, model_id: str) -> None:
+        """Answer the last lines of the engine's log, or stream it: the last lines first, then what is added."""
+        registry = await self.registry()
+        tail = self.number("tail", default=DEFAULT_LINES, most=MOST_LINES)
+        if not self.flag("follow", default=False):
+            self.answer(LogTail(model_id=model_id, lines=await registry.log_tail(model_id, tail)))
+            return
+        registry.model(model_id)  # 404 before the headers of a stream
+        await until_gone(self._follow(registry, model_id, tail), self.client_gone)
+
+    async def _follow(self, registry: ModelRegistry, model_id: str, tail: int) -> None:
+        async with contextlib.aclosing(registry.follow_log(model_id, tail)) as follower:
+            async for lines in follower:
+                await self.send(*({"line": line} for line in lines))
+        await self.end()

@@ -16,7 +16,7 @@ from llmkit.client.loading import follow
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
 from llmkit.client.streaming import AnswerStream
 from llmkit.errors import LLMKitError
-from llmkit.schemas import OPTIONAL_FIELDS, Health, Memory, Snapshot
+from llmkit.schemas import OPTIONAL_FIELDS, Devices, Health, LoadPlan, LogTail, Memory, Snapshot
 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""
@@ -89,7 +89,7 @@ class Client:
         model_kwargs
             Engine arguments and generation defaults, flat or nested under ``engine`` and ``generation``.
         **optional
-            ``description``, ``auto_load``, ``max_in_flight``, ``max_queued``, ``prices``.
+            ``description``, ``auto_load``, ``idle_ttl``, ``restart``, ``max_in_flight``, ``max_queued``, ``prices``.
 
         Raises
         ------
@@ -189,12 +189,27 @@ class Client:
         """Give the condition of the server's registry and store."""
         return Health.model_validate(self.connection.call("GET", "llm/health"))
 
-    def start_loading(self, model_id: str) -> Model:
-        """Start to load a model, and return at once."""
-        path = _path("llm/load_model", self.model(model_id).config_id)
-        return Model.model_validate(self.connection.call("POST", path, params={"wait": "false"}))
+    def devices(self) -> Devices:
+        """Give CPU, RAM and GPUs of the server's machine, with the share of every model."""
+        return Devices.model_validate(self.connection.call("GET", "llm/devices"))
 
-    def load(self, model_id: str, *, progress: bool = True) -> Model:
+    def plan(self, model_id: str) -> LoadPlan:
+        """Say what a load would take, whether it fits, and which models would be unloaded for it; changes nothing."""
+        path = _path("llm/load_model", self.model(model_id).config_id)
+        return LoadPlan.model_validate(self.connection.call("POST", path, params={"dry_run": "true"}))
+
+    def logs(self, model_id: str, tail: int = 200) -> list[str]:
+        """Give the last lines of an engine's log; none for a model that runs elsewhere."""
+        told = self.connection.call("GET", _path("llm/models", model_id) + "/logs", params={"tail": tail})
+        return LogTail.model_validate(told).lines
+
+    def start_loading(self, model_id: str, *, force: bool = False) -> Model:
+        """Start to load a model, and return at once; ``force`` is that of `load`."""
+        path = _path("llm/load_model", self.model(model_id).config_id)
+        params = {"wait": "false", **({"force": "true"} if force else {})}
+        return Model.model_validate(self.connection.call("POST", path, params=params))
+
+    def load(self, model_id: str, *, progress: bool = True, force: bool = False) -> Model:
         """Load a model, and return when it is loaded.
 
         Interrupting cancels the load.
@@ -205,13 +220,15 @@ class Client:
             The model.
         progress
             Show a progress bar.
+        force
+            Unload busy models, too, to make room, and try what is not expected to fit.
 
         Raises
         ------
-        LoadFailed, EngineNotInstalled, LoadCancelled
+        LoadFailed, NoRoom, EngineNotInstalled, LoadCancelled
             Or another error that says why it could not be loaded; the engine's last words are its note.
         """
-        model = self.start_loading(model_id)
+        model = self.start_loading(model_id, force=force)
         if model.status == "loaded":
             return model
         try:
@@ -249,7 +266,8 @@ class Client:
         prompt
             What to ask.
         **inference_kwargs
-            ``system``, ``messages`` and OpenAI's generation parameters, for example ``temperature``, ``max_tokens``.
+            ``system``, ``messages``, ``idle_ttl`` and OpenAI's generation parameters, for example ``temperature``,
+            ``max_tokens``.
 
         Raises
         ------

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from llmkit import schemas
+from llmkit.client.results import describe_download
 from llmkit.errors import ConnectError, LLMKitError, LoadCancelled, LoadFailed, TimedOut, from_wire
 
 if TYPE_CHECKING:
@@ -74,6 +75,16 @@ def load_error(model: schemas.Model) -> LLMKitError:
     return error
 
 
+def _rest(model: schemas.Model) -> str:
+    """Say how much is downloaded, and how long the load still takes, as far as it is known."""
+    parts = []
+    if model.download is not None:
+        parts.append(describe_download(model.download))
+    if model.eta_seconds is not None:
+        parts.append(f"about {model.eta_seconds:.0f} s left")
+    return ", ".join(parts)
+
+
 class _Bar:
     """A progress bar, or nothing."""
 
@@ -87,7 +98,11 @@ class _Bar:
             from tqdm.auto import tqdm  # slow to import
 
             self._bar = tqdm(
-                total=1.0, desc=self._model_id, bar_format="{desc} |{bar}| {elapsed}", leave=True, dynamic_ncols=True
+                total=1.0,
+                desc=self._model_id,
+                bar_format="{desc} |{bar}| {elapsed}{postfix}",
+                leave=True,
+                dynamic_ncols=True,
             )
         return self
 
@@ -97,6 +112,7 @@ class _Bar:
             return
         phase = PHASES.get(model.phase or "", "") if model.status in ("loading", "loaded") else model.status
         self._bar.set_description_str(f"{self._model_id}: {phase}", refresh=False)
+        self._bar.set_postfix_str(_rest(model), refresh=False)
         if model.progress is not None:
             self._bar.n = max(self._bar.n, model.progress)
         self._bar.refresh()

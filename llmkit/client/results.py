@@ -119,6 +119,13 @@ def describe_bytes(count: int | None) -> str:
     return f"{size:.1f} GiB"
 
 
+def describe_download(download: schemas.Download) -> str:
+    """Give bytes and rate of a download for a person."""
+    whole = f" of {describe_bytes(download.total_bytes)}" if download.total_bytes is not None else ""
+    rate = f", {describe_bytes(int(download.bytes_per_second))}/s" if download.bytes_per_second else ""
+    return f"{describe_bytes(download.done_bytes)}{whole}{rate}"
+
+
 def describe_memory(memory: schemas.Memory) -> str:
     """Give what a model holds for a person, or nothing where it is not known."""
     parts = ((memory.gpu_bytes, "GPU"), (memory.pss_bytes, "RAM"))

@@ -17,9 +17,20 @@ from typing import Any, Protocol
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from llmkit.errors import DoesNotFit, LLMKitError
-from llmkit.schemas import API, Capabilities, Configuration, GenerationParameters, Memory, Phase
+from llmkit.process.devices import Devices
+from llmkit.schemas import (
+    API,
+    Capabilities,
+    Configuration,
+    Download,
+    GenerationParameters,
+    Memory,
+    MemoryEstimate,
+    Phase,
+)
 
 ENTRY_POINT_GROUP = "llmkit.engines"
+STALL_SECONDS = 300.0
 MAX_ARGUMENTS = 256
 MAX_DETAILS = 20
 
@@ -42,10 +53,15 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """One step of a load: its phase and the fraction of the whole load, 0 to 1, where it is known."""
+    """One step of a load: its phase and the fraction of the whole load, 0 to 1, where it is known.
+
+    ``step`` names where the load is, the same in every load of a configuration: what is left is learnt by it.
+    """
 
     phase: Phase
     fraction: float | None = None
+    step: str | None = None
+    download: Download | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,13 @@ class EngineContext:
     """The engine's log; kept after the stop, replaced by the next load."""
     api_key: str | None = field(repr=False)
     logger: logging.Logger
+    stall_seconds: float = STALL_SECONDS
+    """How long a load may show no sign of life; there is no limit to a load that does."""
+    devices: Devices = field(default_factory=Devices)
+    gpus: tuple[int, ...] = ()
+    """GPUs that were set aside for it; none means that it does not need any."""
+    gpu_memory_utilization: float | None = None
+    """The share of each of them that is free, for an engine whose configuration does not say what to take."""
 
 
 class Engine(Protocol):
@@ -136,6 +159,10 @@ class EngineType(Protocol):
 
     def default_origin(self) -> str | None:
         """Give the origin that the server's ``OPENAI_API_KEY`` goes to without being named, or None."""
+        ...
+
+    def estimate(self, configuration: Configuration) -> MemoryEstimate | None:
+        """Say what a load will take, or None if it takes no memory of this machine. May read files: blocks."""
         ...
 
     def create(self, configuration: Configuration, context: EngineContext) -> Engine:

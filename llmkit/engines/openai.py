@@ -19,7 +19,7 @@ from pydantic import Field, JsonValue, StringConstraints
 from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
 from llmkit.engines.http import EngineHTTP, origin_of, redact
 from llmkit.errors import LLMKitError, ModelNameNotFound, UpstreamFailed
-from llmkit.schemas import Capabilities, Configuration, Memory, Strict
+from llmkit.schemas import Capabilities, Configuration, Memory, MemoryEstimate, Strict
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 DEFAULT_TIMEOUT_SECONDS = 600.0
@@ -104,6 +104,11 @@ class OpenAIEngineType:
             return origin_of(self.default_base_url)
         except ValueError:
             return None  # a wrong OPENAI_BASE_URL; models with an address of their own do not care
+
+    def estimate(self, configuration: Configuration) -> MemoryEstimate | None:
+        """Say that the model takes no memory of this machine."""
+        del configuration
+        return None
 
     def create(self, configuration: Configuration, context: EngineContext) -> OpenAIEngine:
         """Make the engine of one load."""

@@ -6,7 +6,7 @@ import re
 from html import escape
 
 from llmkit.client.loading import PHASES
-from llmkit.client.results import describe_bytes, describe_memory
+from llmkit.client.results import describe_bytes, describe_download, describe_memory
 from llmkit.errors import LLMKitError
 from llmkit.schemas import Memory, Model, ModelError
 
@@ -60,6 +60,8 @@ def load_label(model: Model, elapsed: float | None) -> str:
     parts = [PHASES.get(model.phase or "", "Loading")]
     if model.progress is not None:
         parts.append(f"{model.progress:.0%}")
+    if model.download is not None:
+        parts.append(describe_download(model.download))
     if elapsed is not None:
         parts.append(f"{elapsed:.0f} s" if elapsed < 60 else seconds_in_words(elapsed))
     if model.eta_seconds is not None:

@@ -88,6 +88,15 @@ def stat(pid: int) -> Stat | None:
     )
 
 
+def name_of(pid: int) -> str:
+    """Read the name of a process, cut to 15 bytes by the kernel; empty if there is none."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return file.read().decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
 def all_stats() -> Iterator[Stat]:
     """Read every process of this system; one that ended and was not waited for yet is left out."""
     for name in os.listdir("/proc"):

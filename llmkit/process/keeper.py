@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.process import guardian
-from llmkit.process.guardian import ENGINE_ID, descendants, end_all, marked, remove_run_dir
+from llmkit.process.guardian import ENGINE_ID, Process, descendants, end_all, marked, name_of, remove_run_dir
 from llmkit.process.leftovers import reap
 
 GRACE_SECONDS = 3.0
@@ -198,6 +198,10 @@ class KeptProcess:
 
     # -- measure -------------------------------------------------------------------------------------------
 
+    async def processes(self, prefix: str = "") -> dict[Process, str]:
+        """Give every process of the tree whose name begins in a certain way, with its name."""
+        return await asyncio.to_thread(_named, self.guardian_pid, prefix) if self.guardian_pid else {}
+
     async def pss_bytes(self) -> int | None:
         """Measure the memory of the whole tree, shared pages counted once; None if there is none."""
         return await asyncio.to_thread(_pss_bytes, self.guardian_pid) if self.guardian_pid else None
@@ -205,6 +209,11 @@ class KeptProcess:
     async def cpu_seconds(self) -> float:
         """Add up the processor time that the whole tree has used."""
         return await asyncio.to_thread(_cpu_seconds, self.guardian_pid) if self.guardian_pid else 0.0
+
+
+def _named(root: int, prefix: str) -> dict[Process, str]:
+    names = {found.process: name_of(found.process.pid) for found in descendants(root)}
+    return {process: name for process, name in names.items() if name.startswith(prefix)}
 
 
 def _pss_bytes(root: int) -> int | None:

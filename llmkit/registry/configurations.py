@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +14,8 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 from pydantic import ValidationError
 
 from llmkit.engines.base import EngineType, SortedKwargs, does_not_fit, sort_kwargs, validation_details
-from llmkit.errors import ConfigurationExists, EngineNotInstalled, KeyMissing, KeyNotAllowed
+from llmkit.errors import ConfigurationExists, EngineNotInstalled, KeyMissing, KeyNotAllowed, LLMKitError
+from llmkit.registry.presence import Presence
 from llmkit.registry.secrets import (
     ARGUMENT,
     KeyPolicy,
@@ -25,7 +27,7 @@ from llmkit.registry.secrets import (
     with_key,
 )
 from llmkit.registry.store import Store
-from llmkit.schemas import OPTIONAL_FIELDS, Configuration, ModelConfigRequest
+from llmkit.schemas import OPTIONAL_FIELDS, Configuration, ModelConfigRequest, StoreCondition
 
 _DECLARED = uuid5(NAMESPACE_URL, "llmkit/declared")
 T = TypeVar("T")
@@ -44,13 +46,16 @@ class Configurations:
         engine_types: Mapping[str, EngineType],
         policy: KeyPolicy,
         environ: Mapping[str, str],
+        url: str = "",
     ) -> None:
         self._state_dir = state_dir
         self._engine_types = engine_types
         self._policy = policy
         self._environ = environ
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="llmkit-store")
+        self._url = url
         self._store: Store | None = None
+        self._presence: Presence | None = None
         self._files: SecretFiles | None = None
         self._data_version: int | None = None
 
@@ -61,6 +66,11 @@ class Configurations:
     def _opened(self) -> tuple[Store, SecretFiles]:
         assert self._store is not None and self._files is not None  # noqa: S101, PT018  # set by `open`
         return self._store, self._files
+
+    @property
+    def _here(self) -> Presence:
+        assert self._presence is not None  # noqa: S101  # set by `open`
+        return self._presence
 
     async def open(self) -> list[Configuration]:
         """Open the store and give what is in it.
@@ -74,6 +84,8 @@ class Configurations:
 
     def _open(self) -> list[Configuration]:
         self._store = Store(self._state_dir)
+        self._presence = Presence(self._state_dir)
+        self._store.register(self._presence.server_id, self._url)
         self._files = SecretFiles(self._state_dir)
         self._data_version = self._store.data_version()
         self._files.delete_orphans(self._store.config_ids())
@@ -81,9 +93,56 @@ class Configurations:
 
     async def close(self) -> None:
         """Close the store."""
-        if self._store is not None:
-            await self._io(self._store.close)
+        await self._io(self._close)
         self._disk.shutdown(wait=False)
+
+    def _close(self) -> None:
+        store, presence = self._store, self._presence
+        if store is not None:
+            if presence is not None:
+                with contextlib.suppress(LLMKitError):  # others see by the lock that this server is gone
+                    store.unregister(presence.server_id)
+            store.close()
+        if presence is not None:
+            presence.close()
+
+    # -- loads ---------------------------------------------------------------------------------------------
+
+    async def claim(self, configuration: Configuration) -> None:
+        """Tell the other servers that this one has the model: they leave its configuration alone.
+
+        Raises
+        ------
+        ConfigurationNotFound
+            If another server has deleted it a moment ago.
+        """
+        if not configuration.declared:
+            store, _ = self._opened
+            await self._io(store.claim, configuration.config_id, self._here.server_id)
+
+    async def release(self, configuration: Configuration) -> None:
+        """Take a claim back."""
+        if not configuration.declared:
+            store, _ = self._opened
+            await self._io(store.release, configuration.config_id, self._here.server_id)
+
+    async def add_load(
+        self, config_id: str, engine_hash: str, started_at: float, seconds: float, body: dict[str, Any]
+    ) -> None:
+        """Remember how a load went."""
+        store, _ = self._opened
+        await self._io(store.add_load, config_id, engine_hash, started_at, seconds, body)
+
+    async def last_load(self, config_id: str, engine_hash: str) -> dict[str, Any] | None:
+        """Give how the last load of a configuration with these arguments went."""
+        store, _ = self._opened
+        return await self._io(store.last_load, config_id, engine_hash)
+
+    # -- condition -----------------------------------------------------------------------------------------
+
+    def condition(self) -> StoreCondition | None:
+        """Say how the configurations are stored."""
+        return self._store.condition() if self._store else None
 
     def problems(self) -> list[str]:
         """Say what is wrong with the store."""
@@ -193,8 +252,15 @@ class Configurations:
         return self._part(request, stored.config_id, await self.secret(stored))
 
     async def replace(self, configuration: Configuration, secret: Secret | None) -> None:
-        """Store a replacement and its key."""
+        """Store a replacement and its key.
+
+        Raises
+        ------
+        ModelLiveElsewhere
+            If another server has it loaded.
+        """
         store, files = self._opened
+        presence = self._here
 
         def write() -> None:
             # A key is written before what refers to it, and deleted after.
@@ -202,7 +268,7 @@ class Configurations:
             if secret is not None:
                 files.write(configuration.config_id, secret)
             try:
-                store.replace(configuration)
+                store.replace(configuration, server_id=presence.server_id, alive=presence.alive)
             except BaseException:
                 if kept is None:
                     files.delete(configuration.config_id)
@@ -215,11 +281,12 @@ class Configurations:
         await self._io(write)
 
     async def delete(self, config_id: str) -> None:
-        """Delete a configuration and its key."""
+        """Delete a configuration and its key, or raise `ModelLiveElsewhere`."""
         store, files = self._opened
+        presence = self._here
 
         def write() -> None:
-            store.delete(config_id)
+            store.delete(config_id, server_id=presence.server_id, alive=presence.alive)
             files.delete(config_id)
 
         await self._io(write)

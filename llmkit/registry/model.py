@@ -7,8 +7,11 @@ unloaded   starts a load and waits for it      nothing to do
 loading    waits for the load under way        cancels the load, waits until all is gone
 loaded     returns at once                     ends its requests, stops the engine
 unloading  waits for the end, starts a load    waits for the unload under way
-failed     starts a load and waits for it      forgets the failure
+failed     starts a load and waits for it      forgets the failure, and a restart that is due
 ========== =================================== ==============================================
+
+An engine that fails while the model is loaded makes it ``failed``. With ``restart: on_failure`` a load starts by itself
+after a pause that grows; after three failures in five minutes nothing more happens until somebody asks.
 """
 
 from __future__ import annotations
@@ -16,20 +19,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmkit import schemas
 from llmkit.engines.base import Engine, EngineExit, LoadProgress
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, last_lines
-from llmkit.errors import EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
+from llmkit.errors import EngineCrashed, EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
 from llmkit.inference.admission import Admission
+from llmkit.registry import policies
+from llmkit.registry.load_clock import LoadClock
+from llmkit.registry.policies import LoadRecord
 from llmkit.schemas import Capabilities, Configuration, Memory, ModelError, Phase, Status
+
+TICK_SECONDS = 0.5
+"""Between two looks at a load that says nothing: its time and its rest are told again."""
+DRAIN_SECONDS = 60.0
+"""For a request that comes in the moment in which its model expires or is evicted."""
 
 NOT_LOADED = Memory(reason="not loaded")
 
@@ -57,6 +69,18 @@ class Running:
             self.task.cancel()
 
 
+class LoadHistory(Protocol):
+    """Remembers how loads went."""
+
+    async def last(self, configuration: Configuration) -> LoadRecord | None:
+        """Give the last load of this configuration that was like this one would be."""
+        ...
+
+    async def keep(self, configuration: Configuration, record: LoadRecord) -> None:
+        """Remember a load."""
+        ...
+
+
 class Model:
     """One model.
 
@@ -65,36 +89,48 @@ class Model:
     configuration
         What was asked for; `configuration` may be set anew, and holds from the next load or request.
     make_engine
-        Makes the engine of one load; raises `LLMKitError` if there can be none.
+        Makes the engine of one load, and room for it; raises `LLMKitError` if there can be none. Its second
+        argument says whether to load by force.
     log_file
         Where the engine writes its log.
     changed
         Called after every change, with ``"status"`` or ``"progress"``.
+    history
+        Remembers how loads went, so that the rest of the next can be told.
+    ttl_limits
+        The server's default idle TTL and its ceiling, as in `policies.effective_ttl`.
     """
 
     def __init__(
         self,
         configuration: Configuration,
-        make_engine: Callable[[Configuration], Awaitable[Engine]],
+        make_engine: Callable[[Configuration, bool], Awaitable[Engine]],
         log_file: Path,
         changed: Callable[[Model, str], None],
+        history: LoadHistory,
         *,
         max_in_flight: int,
         max_queued: int,
         logger: logging.Logger,
+        ttl_limits: tuple[float, float | None] = (-1.0, None),
     ) -> None:
         self.configuration = configuration
         self.admission = Admission(configuration.model_id, max_in_flight, max_queued)
         self.log_file = log_file
         self._make_engine = make_engine
         self._changed = changed
+        self._history = history
+        self.ttl_limits = ttl_limits
         self._log = logger
         self._status: Status = "unloaded"
         self._reason: str | None = None
         self._phase: Phase | None = None
         self._progress: float | None = None
         self._error: ModelError | None = None
-        self._started: float | None = None
+        self._clock: LoadClock | None = None
+        self._asked_ttl: float | None = None
+        self._failures: deque[float] = deque(maxlen=policies.CRASHES)
+        self._restart_task: asyncio.Task[None] | None = None
         self._load_seconds: float | None = None
         self._loaded_at: datetime | None = None
         self._last_used_at: datetime | None = None
@@ -120,10 +156,20 @@ class Model:
         """Whether an engine runs or is on the way."""
         return self._status in ("loading", "loaded", "unloading")
 
+    async def measure(self) -> Memory:
+        """Measure what the model holds now."""
+        engine = self._engine
+        if engine is None:
+            return NOT_LOADED
+        memory = await engine.memory()
+        if self._engine is engine and self._status == "loaded":
+            self._memory = memory
+        return memory
+
     def snapshot(self) -> schemas.Model:
         """Give the state as it is now."""
         configuration = self.configuration
-        loading = self._status == "loading" and self._started is not None
+        load = self._clock if self._status == "loading" else None
         return schemas.Model(
             model_id=configuration.model_id,
             config_id=configuration.config_id,
@@ -133,10 +179,13 @@ class Model:
             reason=self._reason,
             phase=self._phase,
             progress=self._progress,
-            elapsed_seconds=round(time.monotonic() - self._started, 3) if loading and self._started else None,
+            elapsed_seconds=round(load.elapsed, 3) if load else None,
+            eta_seconds=load.eta if load else None,
+            download=load.download if load else None,
             load_seconds=self._load_seconds,
             loaded_at=self._loaded_at,
             last_used_at=self._last_used_at,
+            expires_at=self.expires_at,
             in_flight=self.admission.in_flight,
             queued=self.admission.queued,
             memory=self._memory,
@@ -153,11 +202,12 @@ class Model:
             self._progress = 1.0 if status == "loaded" else None
         if status in ("unloaded", "failed"):
             self._memory, self._capabilities, self._loaded_at = NOT_LOADED, Capabilities(), None
+            self._asked_ttl = None
         self._changed(self, "status")
 
     # -- load ----------------------------------------------------------------------------------------------
 
-    async def ensure_loaded(self) -> None:
+    async def ensure_loaded(self, *, force: bool = False) -> None:
         """Return when the model is loaded, whoever started the load.
 
         A caller that is cancelled leaves the load to the others.
@@ -167,15 +217,20 @@ class Model:
         LLMKitError
             The reason why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
         """
-        while not self.start_loading():
+        while not self.start_loading(force=force):
             await asyncio.wait([task for task in (self._unload_task, self._burial) if task is not None])
         if self._status == "loading" and self._load_task is not None:
             error = await asyncio.shield(self._load_task)
             if error is not None:
                 raise error
 
-    def start_loading(self) -> bool:
-        """Start a load if the model is unloaded or failed.
+    def start_loading(self, *, force: bool = False) -> bool:
+        """Start a load if the model is unloaded or failed; it may be the one that a restart was waiting for.
+
+        Parameters
+        ----------
+        force
+            Busy models may be unloaded to make room, and what is not expected to fit is tried.
 
         Returns
         -------
@@ -192,19 +247,26 @@ class Model:
         if self._unload_task is not None or self._burial is not None:
             return False
         if self._status in ("unloaded", "failed"):
-            self._started = time.monotonic()
-            self._phase, self._progress, self._load_seconds = "queued", 0.0, None
-            self._set("loading")
-            self._load_task = asyncio.create_task(self._load(), name=f"load {self.configuration.model_id}")
+            self._end_restart()
+            self._failures.clear()
+            self._begin(force=force)
         return True
+
+    def _begin(self, *, force: bool) -> None:
+        self._clock = LoadClock()
+        self._phase, self._progress, self._load_seconds = "queued", 0.0, None
+        self._set("loading")
+        self._load_task = asyncio.create_task(self._load(force=force), name=f"load {self.configuration.model_id}")
 
     def retire(self, error: LLMKitError) -> None:
         """Refuse every load from now on, because the model is deleted or the server stops."""
         self._retired = error
+        self._end_restart()
 
-    async def _load(self) -> LLMKitError | None:
+    async def _load(self, *, force: bool) -> LLMKitError | None:
+        ticking = asyncio.create_task(self._tick(), name=f"tick {self.configuration.model_id}")
         try:
-            return await self._start_engine()
+            return await self._start_engine(force=force)
         except asyncio.CancelledError:
             # Only `unload` cancels this task, and waits for it: the cancellation ends here, as a result.
             await self._stop_engine()
@@ -213,26 +275,45 @@ class Model:
                 f"The load of `{self.configuration.model_id}` was cancelled.",
                 hint="Somebody unloaded it meanwhile.",
             )
+        finally:
+            ticking.cancel()
 
-    async def _start_engine(self) -> LLMKitError | None:
-        started = time.monotonic()
+    async def _start_engine(self, *, force: bool) -> LLMKitError | None:
+        load, configuration = self._clock, self.configuration
+        assert load is not None  # noqa: S101  # made with the task
         try:
-            engine = self._engine = await self._make_engine(self.configuration)
+            load.earlier = await self._history.last(configuration)
+            engine = self._engine = await self._make_engine(configuration, force)
             self._capabilities = await engine.start(self._report)
             self._memory = await engine.memory()
         except Exception as raised:  # noqa: BLE001  # whatever an engine of a third party raises, the model is failed
             return await self._fail(raised)
         self._http = EngineHTTP(engine.endpoint)
-        self._load_seconds = round(time.monotonic() - started, 3)
+        self._load_seconds = round(load.elapsed, 3)
         self._loaded_at = datetime.now(UTC)
-        self._watch_task = asyncio.create_task(self._watch(engine), name=f"watch {self.configuration.model_id}")
+        self._watch_task = asyncio.create_task(self._watch(engine), name=f"watch {configuration.model_id}")
         self._set("loaded")
+        await self._history.keep(configuration, load.record(self._memory))
         return None
 
     def _report(self, progress: LoadProgress) -> None:
-        if self._status == "loading" and (progress.phase, progress.fraction) != (self._phase, self._progress):
-            self._phase, self._progress = progress.phase, progress.fraction
+        if self._status != "loading" or self._clock is None:
+            return
+        before = (self._phase, self._progress, self._clock.download)
+        self._clock.take(progress)
+        self._phase = progress.phase
+        self._progress = self._clock.fraction
+        if before != (self._phase, self._progress, self._clock.download):
             self._changed(self, "progress")
+
+    async def _tick(self) -> None:
+        """Tell from time to time how far a load is, also while its engine says nothing."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if self._clock is not None:
+                self._clock.tick()
+                self._progress = self._clock.fraction
+                self._changed(self, "progress")
 
     async def _fail(self, raised: Exception) -> LLMKitError:
         if isinstance(raised, LLMKitError):
@@ -260,7 +341,7 @@ class Model:
         ended: EngineExit = await engine.wait_exit()
         if self._status != "loaded" or self._engine is not engine:
             return
-        error = EngineGone(ended.message, hint="Load it again; the log tail says why it ended.")
+        error = EngineCrashed(ended.message, hint="Load it again; the log tail says why it ended.")
         # At once, so that nobody is sent to an engine that is gone; loads and unloads wait for the burial.
         self._set("failed", ended.message, ModelError(code=error.code, message=error.message, hint=error.hint))
         self._abort_all(error)
@@ -270,25 +351,66 @@ class Model:
     async def _bury(self, error: LLMKitError) -> None:
         await self._stop_engine()
         self._error = await self._model_error(error)
+        self._failures.append(time.monotonic())
         self._changed(self, "status")
 
     def _burial_done(self, _: asyncio.Task[None]) -> None:
         self._burial = None
+        self._plan_restart()
+
+    # -- restart -------------------------------------------------------------------------------------------
+
+    def _plan_restart(self) -> None:
+        """Start again after a while, if the configuration asks for it and it makes sense."""
+        if self.configuration.restart != "on_failure" or self._retired is not None or self._unload_task is not None:
+            return
+        pause = policies.restart_delay(self._failures, time.monotonic())
+        why = (self._reason or "").removesuffix(".")
+        if pause is None:
+            minutes = policies.CRASH_SECONDS / 60
+            self._reason = f"{why}. It failed {policies.CRASHES} times in {minutes:g} minutes and is left alone now."
+        else:
+            self._reason = f"{why}. It is started again in {pause:g} s."
+            self._restart_task = asyncio.create_task(
+                self._restart(pause), name=f"restart {self.configuration.model_id}"
+            )
+        self._changed(self, "status")
+
+    async def _restart(self, pause: float) -> None:
+        await asyncio.sleep(pause)
+        self._restart_task = None
+        if self._status != "failed" or self._retired is not None or self._unload_task is not None:
+            return
+        self._begin(force=False)
+        assert self._load_task is not None  # noqa: S101  # just made
+        await asyncio.wait([self._load_task])
+        if self._status == "failed":
+            self._failures.append(time.monotonic())
+            self._plan_restart()
+
+    def _end_restart(self) -> None:
+        task, self._restart_task = self._restart_task, None
+        if task is not None:
+            task.cancel()
 
     # -- unload --------------------------------------------------------------------------------------------
 
-    async def unload(self, drain: float = 0.0) -> Memory:
+    async def unload(self, drain: float = 0.0, reason: str | None = None) -> Memory:
         """Unload, whatever the status, and say what was freed.
 
         Parameters
         ----------
+        reason
+            Why, if nobody asked for it.
         drain
             Seconds that running requests get to finish before they are ended with `ModelUnloaded`; a later call
             without any ends the drain of an earlier one.
         """
         if self._unload_task is None:
             self._hurry = asyncio.Event()
-            self._unload_task = asyncio.create_task(self._unload(drain), name=f"unload {self.configuration.model_id}")
+            self._end_restart()
+            unloading = self._unload(drain, reason)
+            self._unload_task = asyncio.create_task(unloading, name=f"unload {self.configuration.model_id}")
             self._unload_task.add_done_callback(self._unload_done)
         if not drain:
             self._hurry.set()
@@ -297,7 +419,7 @@ class Model:
     def _unload_done(self, _: asyncio.Task[Memory]) -> None:
         self._unload_task = None
 
-    async def _unload(self, drain: float) -> Memory:
+    async def _unload(self, drain: float, reason: str | None) -> Memory:
         if self._burial is not None:
             await asyncio.wait([self._burial])
         load = self._load_task
@@ -310,14 +432,46 @@ class Model:
             self._set("unloaded")
         if self._status == "unloaded":
             return Memory(verified=True, reason="not loaded")
-        self._set("unloading")
+        self._set("unloading", reason)
         await self._drain(drain)
         self._abort_all(
             ModelUnloaded(f"`{self.configuration.model_id}` was unloaded.", hint="Load it and send the request again.")
         )
         freed = await self._stop_engine()
-        self._set("unloaded")
+        self._set("unloaded", reason)
         return freed
+
+    async def gone(self) -> None:
+        """Return when no unload is under way."""
+        if self._unload_task is not None:
+            await asyncio.wait([self._unload_task])
+
+    async def evict(self, reason: str) -> Memory:
+        """Unload for another's sake; requests that came in the last moment are answered."""
+        return await self.unload(0.0 if self.busy else DRAIN_SECONDS, reason)
+
+    # -- expiry --------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests run or wait."""
+        return bool(self.admission.in_flight or self.admission.queued)
+
+    @property
+    def idle_since(self) -> datetime | None:
+        """The end of the last request, or of the load if there was none; None if it is not loaded."""
+        return max(filter(None, (self._loaded_at, self._last_used_at))) if self._loaded_at else None
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it will be unloaded, if nobody asks it anything."""
+        if self._status != "loaded" or self._loaded_at is None:
+            return None
+        return policies.expires_at(self.idle_ttl(), self._loaded_at, self._last_used_at, busy=self.busy)
+
+    def idle_ttl(self) -> float | None:
+        """Give the seconds that it may be idle, or None for ever."""
+        return policies.effective_ttl(self._asked_ttl, self.configuration.idle_ttl, *self.ttl_limits)
 
     async def _drain(self, seconds: float) -> None:
         requests = [running.task for running in self._running.values() if running.task is not None]
@@ -354,8 +508,12 @@ class Model:
     # -- requests ------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def use(self, running: Running) -> AsyncIterator[tuple[EngineHTTP, Capabilities]]:
+    async def use(
+        self, running: Running, idle_ttl: float | None = None
+    ) -> AsyncIterator[tuple[EngineHTTP, Capabilities]]:
         """Hold the model for one request, after waiting for a place.
+
+        The ``idle_ttl`` of the request holds after it, until the next one.
 
         Inside, the task of ``running`` is cancelled when the model goes away or the request is cancelled by its
         id; that cancellation leaves here as the error it stands for.
@@ -369,6 +527,7 @@ class Model:
             async with self.admission.slot():
                 self._check_loaded()
                 self._running[running.request_id] = running
+                self._asked_ttl = idle_ttl
                 try:
                     assert self._http is not None  # noqa: S101  # loaded
                     yield self._http, self._capabilities

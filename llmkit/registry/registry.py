@@ -7,14 +7,15 @@ import difflib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from llmkit import __version__, schemas
-from llmkit.engines.base import Engine, EngineContext, EngineType, does_not_fit, load_engine_types
+from llmkit.engines.base import STALL_SECONDS, EngineType, does_not_fit, load_engine_types
+from llmkit.engines.log import LogFollower, last_lines
 from llmkit.errors import (
     ConfigurationExists,
     ConfigurationNotFound,
@@ -27,8 +28,10 @@ from llmkit.errors import (
     WrongState,
 )
 from llmkit.inference.prompting import Clock, Collector, read_options, to_openai
+from llmkit.process.devices import Devices
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
+from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model, Running
 from llmkit.registry.secrets import KeyPolicy
 from llmkit.schemas import (
@@ -43,6 +46,9 @@ from llmkit.schemas import (
 )
 
 REFRESH_SECONDS = 0.5
+EXPIRY_SECONDS = 0.25
+LOG_SECONDS = 0.25
+LOG_QUIET_SECONDS = 15.0
 CLOSE_SECONDS = 12.0
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -60,6 +66,12 @@ class Settings:
     secret_origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
     max_in_flight: int = 64
     max_queued: int = 256
+    max_loaded_models: int = 0
+    idle_ttl: float = -1.0
+    max_idle_ttl: float | None = None
+    stall_seconds: float = STALL_SECONDS
+    url: str = ""
+    """Of this server, for the words of another that shares its home."""
     configurations: Sequence[Mapping[str, Any]] = ()
 
 
@@ -78,6 +90,8 @@ class ModelRegistry:
         The server's environment; keys are taken from it.
     engine_types
         By name; those that are installed if not given.
+    devices
+        What the machine has; the real ones if not given.
     """
 
     def __init__(
@@ -87,15 +101,25 @@ class ModelRegistry:
         logger: logging.Logger,
         environ: Mapping[str, str] = os.environ,
         engine_types: Mapping[str, EngineType] | None = None,
+        devices: Devices | None = None,
     ) -> None:
         self.engine_types = dict(engine_types if engine_types is not None else load_engine_types(logger))
         self._settings = settings
         self._changes = Changes(emit)
         self._log = logger
         self._stored = Configurations(
-            settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ
+            settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ, settings.url
         )
         self._models: dict[str, Model] = {}
+        self._loader = Loader(
+            self._stored,
+            self._models.values,
+            settings.run_dir,
+            settings.max_loaded_models,
+            settings.stall_seconds,
+            logger,
+            devices,
+        )
         self._deleting: set[Model] = set()
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -124,6 +148,7 @@ class ModelRegistry:
                 # The operator reads the log; the other models are served meanwhile.
                 self._log.error("c.LLMKitApp.configurations: %s", error)
         self._spawn(self._follow_other_servers())
+        self._spawn(self._expire())
 
     async def close(self) -> None:
         """Unload every model and end every task. Idempotent, bounded, raises nothing."""
@@ -164,7 +189,49 @@ class ModelRegistry:
             api_version=API_VERSION,
             epoch=self._changes.epoch,
             problems=problems,
+            store=self._stored.condition(),
         )
+
+    async def devices(self) -> schemas.Devices:
+        """Give CPU, RAM and GPUs, with the share of every model."""
+        devices = await asyncio.to_thread(self._loader.devices.read)
+        memories = [(model.configuration.model_id, await model.measure()) for model in list(self._models.values())]
+        devices.ram.shares = [
+            schemas.Share(model_id=name, bytes=memory.pss_bytes) for name, memory in memories if memory.pss_bytes
+        ]
+        reserved = await asyncio.to_thread(self._loader.placement.reservations)
+        for gpu in devices.gpus:
+            gpu.reserved_bytes = reserved.get(gpu.index, 0)
+            gpu.shares = [
+                schemas.Share(model_id=name, bytes=held)
+                for name, memory in memories
+                if (held := memory.gpus.get(gpu.index))
+            ]
+        return devices
+
+    async def plan(self, config_id: str) -> schemas.LoadPlan:
+        """Say what a load would take, or raise `ConfigurationNotFound`."""
+        return await self._loader.plan(self._by_config_id(config_id))
+
+    async def log_tail(self, model_id: str, count: int) -> list[str]:
+        """Give the last lines of an engine's log, or raise `ModelNotFound`; none if there is no engine of ours."""
+        return await asyncio.to_thread(last_lines, self._by_model_id(model_id).log_file, count)
+
+    async def follow_log(self, model_id: str, count: int) -> AsyncGenerator[list[str], None]:
+        """Give the last lines of an engine's log, then what is added, as long as there is such a model.
+
+        After a quiet time it gives an empty list.
+        """
+        model = self._by_model_id(model_id)
+        follower = LogFollower(model.log_file)
+        yield await asyncio.to_thread(follower.skip_to_last, count)
+        told = time.monotonic()
+        while not self._closing and self._models.get(model_id) is model:
+            await asyncio.sleep(LOG_SECONDS)
+            lines = await asyncio.to_thread(follower.read)
+            if lines or time.monotonic() - told > LOG_QUIET_SECONDS:
+                told = time.monotonic()
+                yield lines
 
     def snapshot(self) -> Snapshot:
         """Give every model as it is now."""
@@ -337,8 +404,13 @@ class ModelRegistry:
 
     # -- loading -------------------------------------------------------------------------------------------
 
-    async def load(self, config_id: str, *, wait: bool = True) -> schemas.Model:
+    async def load(self, config_id: str, *, wait: bool = True, force: bool = False) -> schemas.Model:
         """Load a model; with ``wait`` until it is loaded.
+
+        Parameters
+        ----------
+        force
+            Unload busy models, too, to make room, and try what is not expected to fit.
 
         Raises
         ------
@@ -348,31 +420,24 @@ class ModelRegistry:
         self._check_open()
         model = self._by_config_id(config_id)
         if wait:
-            await model.ensure_loaded()
-        elif not model.start_loading():
-            self._spawn(model.ensure_loaded())
+            await model.ensure_loaded(force=force)
+        elif not model.start_loading(force=force):
+            self._spawn(model.ensure_loaded(force=force))
         return model.snapshot()
 
     async def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
         """Unload a model, whatever its status, and say what was freed."""
         return await self._by_model_id(model_id).unload(drain)
 
-    async def _make_engine(self, configuration: Configuration) -> Engine:
-        engine_type = self._stored.engine_type(configuration)
-        unavailable = engine_type.unavailable()
-        if unavailable is not None:
-            raise unavailable
-        context = EngineContext(
-            # Short: the path of a unix socket in it has at most 107 bytes.
-            run_dir=self._settings.run_dir / UUID(configuration.config_id).hex[:12],
-            log_file=self._log_file(configuration),
-            api_key=await self._stored.api_key(configuration),
-            logger=self._log,
-        )
-        return engine_type.create(configuration, context)
-
-    def _log_file(self, configuration: Configuration) -> Path:
-        return self._settings.run_dir / f"{configuration.config_id}.log"
+    async def _expire(self) -> None:
+        """Unload models that were idle for as long as they may be."""
+        while True:
+            await asyncio.sleep(EXPIRY_SECONDS)
+            now = datetime.now(UTC)
+            for model in self._models.values():
+                expires = model.expires_at
+                if expires is not None and expires <= now:
+                    self._spawn(model.evict(f"idle for {model.idle_ttl():g} s"))
 
     # -- prompting -----------------------------------------------------------------------------------------
 
@@ -407,7 +472,7 @@ class ModelRegistry:
         self._running[running.request_id] = running
         waiting = time.monotonic()
         try:
-            async with model.use(running) as (http, capabilities):
+            async with model.use(running, options.idle_ttl) as (http, capabilities):
                 clock.sent = time.monotonic()
                 clock.queue = clock.sent - waiting
                 configuration = model.configuration
@@ -437,12 +502,14 @@ class ModelRegistry:
     def _add(self, configuration: Configuration) -> Model:
         model = Model(
             configuration,
-            self._make_engine,
-            self._log_file(configuration),
+            self._loader.make_engine,
+            self._loader.log_file(configuration),
             self._changed,
+            self._loader,
             max_in_flight=self._settings.max_in_flight,
             max_queued=self._settings.max_queued,
             logger=self._log,
+            ttl_limits=(self._settings.idle_ttl, self._settings.max_idle_ttl),
         )
         self._models[configuration.model_id] = model
         self._apply(model, configuration)
@@ -460,6 +527,10 @@ class ModelRegistry:
 
     def _changed(self, model: Model, change: str) -> None:
         """Tell a change, unless the model was deleted: its engine may still be on the way down."""
+        if change == "status" and model.status != "loading":
+            self._loader.settled(model)
+            if not model.live:
+                self._spawn(self._loader.release(model))
         if change == "deleted" or self._models.get(model.configuration.model_id) is model:
             self._changes.tell(model, change)
 

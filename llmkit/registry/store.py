@@ -8,27 +8,73 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from llmkit.errors import ConfigurationExists, ConfigurationNotFound, DiskFull, LLMKitError, NotReady
-from llmkit.schemas import Configuration
+from llmkit.errors import (
+    ConfigurationExists,
+    ConfigurationNotFound,
+    DiskFull,
+    LLMKitError,
+    ModelLiveElsewhere,
+    NotReady,
+)
+from llmkit.schemas import Configuration, StoreCondition
+
+Alive = Callable[[str], bool]
+"""Says whether a server lives."""
 
 APPLICATION_ID = 0x6C6C6D6B  # "llmk": tells our file from any other SQLite database
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE configurations (
-    config_id TEXT PRIMARY KEY,
-    model_id TEXT NOT NULL UNIQUE,
-    body TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    updated_at REAL NOT NULL
-) STRICT
-"""
+MIGRATIONS = [
+    [
+        """
+        CREATE TABLE configurations (
+            config_id TEXT PRIMARY KEY,
+            model_id TEXT NOT NULL UNIQUE,
+            body TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            updated_at REAL NOT NULL
+        ) STRICT
+        """
+    ],
+    [
+        """
+        CREATE TABLE servers (
+            server_id TEXT PRIMARY KEY,
+            url TEXT NOT NULL,
+            host TEXT NOT NULL,
+            pid INTEGER NOT NULL,
+            started_at REAL NOT NULL
+        ) STRICT
+        """,
+        """
+        CREATE TABLE live (
+            config_id TEXT NOT NULL,
+            server_id TEXT NOT NULL,
+            PRIMARY KEY (config_id, server_id)
+        ) STRICT
+        """,
+        """
+        CREATE TABLE loads (
+            id INTEGER PRIMARY KEY,
+            config_id TEXT NOT NULL,
+            engine_hash TEXT NOT NULL,
+            started_at REAL NOT NULL,
+            seconds REAL NOT NULL,
+            body TEXT NOT NULL
+        ) STRICT
+        """,
+    ],
+]
+"""What makes each version of the schema out of the one before."""
+SCHEMA_VERSION = len(MIGRATIONS)
+KEPT_LOADS = 5
 BUSY_TIMEOUT_SECONDS = 5.0
 
 
@@ -77,6 +123,10 @@ class Store:
         """What is wrong and was worked around, for ``GET /llm/health``."""
         return self._problems + self._unreadable
 
+    def condition(self) -> StoreCondition:
+        """Say how the configurations are stored."""
+        return StoreCondition(path=str(self.path), journal_mode=self._journal_mode, schema_version=SCHEMA_VERSION)
+
     def _open(self) -> sqlite3.Connection:
         # Created by us with 0600 before SQLite would create it with the umask's mode.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -84,7 +134,7 @@ class Store:
             self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            _use_wal(connection)
+            self._journal_mode = _journal_mode(connection, self.path)
             connection.execute("PRAGMA synchronous = FULL")
             with self._transaction(connection):
                 self._prepare(connection)
@@ -100,17 +150,18 @@ class Store:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables and not version:
-            connection.execute(SCHEMA)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            return
-        if application_id != APPLICATION_ID or "configurations" not in tables:
+        elif application_id != APPLICATION_ID or "configurations" not in tables:
             raise sqlite3.DatabaseError("not a database of llmkit")
         if version > SCHEMA_VERSION:
             raise StoreTooNewError(
                 f"{self.path} has schema version {version}; this llmkit knows {SCHEMA_VERSION}.",
                 hint="Upgrade llmkit, or set LLMKIT_STATE_DIR to another folder.",
             )
+        for steps in MIGRATIONS[version:]:
+            for step in steps:
+                connection.execute(step)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @staticmethod
     @contextlib.contextmanager
@@ -169,9 +220,23 @@ class Store:
         except sqlite3.IntegrityError as error:
             raise ConfigurationExists(f"The model_id `{configuration.model_id}` is taken.") from error
 
-    def replace(self, configuration: Configuration) -> None:
-        """Replace the configuration of the same ``config_id``."""
+    def replace(
+        self, configuration: Configuration, *, server_id: str | None = None, alive: Alive | None = None
+    ) -> None:
+        """Replace the configuration of the same ``config_id``.
+
+        Parameters
+        ----------
+        server_id, alive
+            Who asks, and how to tell whether another server lives; without them nobody is asked.
+
+        Raises
+        ------
+        ModelLiveElsewhere
+            If another server has it loaded.
+        """
         with self._write() as connection:
+            _check_not_live_elsewhere(connection, configuration.config_id, server_id, alive)
             cursor = connection.execute(
                 "UPDATE configurations SET model_id = ?, body = ?, updated_at = ? WHERE config_id = ?",
                 (configuration.model_id, _body(configuration), time.time(), configuration.config_id),
@@ -179,10 +244,66 @@ class Store:
             if not cursor.rowcount:
                 raise ConfigurationNotFound(f"There is no configuration {configuration.config_id}.")
 
-    def delete(self, config_id: str) -> None:
-        """Delete a configuration; one that is gone already is no error."""
+    def delete(self, config_id: str, *, server_id: str | None = None, alive: Alive | None = None) -> None:
+        """Delete a configuration and what its loads have taught; one that is gone already is no error.
+
+        Parameters and errors are those of `replace`.
+        """
         with self._write() as connection:
-            connection.execute("DELETE FROM configurations WHERE config_id = ?", (config_id,))
+            _check_not_live_elsewhere(connection, config_id, server_id, alive)
+            for table in ("configurations", "live", "loads"):
+                connection.execute(f"DELETE FROM {table} WHERE config_id = ?", (config_id,))  # noqa: S608  # ours
+
+    # -- servers and loads -----------------------------------------------------------------------------------
+
+    def register(self, server_id: str, url: str) -> None:
+        """Tell the other servers of this home who this one is."""
+        row = (server_id, url, socket.gethostname(), os.getpid(), time.time())
+        with self._write() as connection:
+            connection.execute("INSERT OR REPLACE INTO servers VALUES (?, ?, ?, ?, ?)", row)
+
+    def unregister(self, server_id: str) -> None:
+        """Take back what a server has told."""
+        with self._write() as connection:
+            connection.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+            connection.execute("DELETE FROM live WHERE server_id = ?", (server_id,))
+
+    def claim(self, config_id: str, server_id: str) -> None:
+        """Tell that a server loads a model, or raise `ConfigurationNotFound` if it was deleted."""
+        with self._write() as connection:
+            found = connection.execute("SELECT 1 FROM configurations WHERE config_id = ?", (config_id,)).fetchone()
+            if found is None:
+                raise ConfigurationNotFound(f"There is no configuration {config_id}.", param="config_id")
+            connection.execute("INSERT OR IGNORE INTO live VALUES (?, ?)", (config_id, server_id))
+
+    def release(self, config_id: str, server_id: str) -> None:
+        """Tell that a server has a model no longer."""
+        with self._write() as connection:
+            connection.execute("DELETE FROM live WHERE config_id = ? AND server_id = ?", (config_id, server_id))
+
+    def add_load(
+        self, config_id: str, engine_hash: str, started_at: float, seconds: float, body: dict[str, Any]
+    ) -> None:
+        """Remember how a load went; the last few of a configuration are kept."""
+        row = (config_id, engine_hash, started_at, seconds, json.dumps(body))
+        with self._write() as connection:
+            connection.execute(
+                "INSERT INTO loads (config_id, engine_hash, started_at, seconds, body) VALUES (?, ?, ?, ?, ?)", row
+            )
+            connection.execute(
+                "DELETE FROM loads WHERE config_id = ? AND id NOT IN "
+                "(SELECT id FROM loads WHERE config_id = ? ORDER BY id DESC LIMIT ?)",
+                (config_id, config_id, KEPT_LOADS),
+            )
+
+    def last_load(self, config_id: str, engine_hash: str) -> dict[str, Any] | None:
+        """Give how the last load of a configuration with these engine arguments went."""
+        row = self._connection.execute(
+            "SELECT body FROM loads WHERE config_id = ? AND engine_hash = ? ORDER BY id DESC LIMIT 1",
+            (config_id, engine_hash),
+        ).fetchone()
+        body = json.loads(row[0]) if row else None
+        return body if isinstance(body, dict) else None
 
     def close(self) -> None:
         """Close the connection."""
@@ -202,6 +323,66 @@ def _explain(error: sqlite3.DatabaseError, path: Path) -> LLMKitError:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return NotReady("Another server holds the database.", hint="Try again.")
     return NotReady(f"The database cannot be used: {error}.", hint=f"Look at {path}.")
+
+
+def _check_not_live_elsewhere(
+    connection: sqlite3.Connection, config_id: str, server_id: str | None, alive: Alive | None
+) -> None:
+    if alive is None:
+        return
+    rows = connection.execute(
+        "SELECT live.server_id, url, host, pid FROM live LEFT JOIN servers USING (server_id) "
+        "WHERE config_id = ? AND live.server_id IS NOT ?",
+        (config_id, server_id),
+    ).fetchall()
+    for other, url, host, pid in rows:
+        if alive(other):
+            raise ModelLiveElsewhere(
+                f"Another Jupyter server has this model loaded: {url or 'address not known'} "
+                f"(process {pid} on {host}).",
+                hint="Unload it there first.",
+                details={"url": url, "host": host, "pid": pid},
+            )
+        connection.execute("DELETE FROM live WHERE server_id = ?", (other,))
+
+
+def _journal_mode(connection: sqlite3.Connection, path: Path) -> str:
+    """Use WAL where the file system can, and say which mode is used.
+
+    Network file systems cannot share memory between processes; some show it only at the first write, so it is
+    tried on a scratch file.
+    """
+    scratch = path.with_name(f"{path.name}.probe-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        if _wal_works(scratch):
+            _use_wal(connection)
+            return "wal"
+    finally:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(OSError):
+                scratch.with_name(scratch.name + suffix).unlink(missing_ok=True)
+    return str(connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0])
+
+
+def _wal_works(scratch: Path) -> bool:
+    connections = []
+    try:
+        for _ in range(2):  # the second one needs what the first has put into the shared memory
+            connection = sqlite3.connect(scratch, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)
+            connections.append(connection)
+            if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                return False
+            connection.execute("CREATE TABLE IF NOT EXISTS probe (one INTEGER)")
+            connection.execute("INSERT INTO probe VALUES (1)")
+        (rows,) = connections[0].execute("SELECT count(*) FROM probe").fetchone()
+        return bool(rows == 2)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+            raise
+        return False
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

@@ -258,7 +258,7 @@ def test_a_short_silence_of_the_server_does_not_end_the_wait_for_a_load(
 
         started = client.start_loading("m")
         assert started.status == "loading"
-        monkeypatch.setattr(client, "start_loading", lambda _: started)
+        monkeypatch.setattr(client, "start_loading", lambda _, **options: started)
         monkeypatch.setattr(client, "model", sometimes)
         assert client.load("m", progress=False).status == "loaded"
         answers = [ServerNotFound("no")] * 100

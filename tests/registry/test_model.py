@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from pathlib import Path
 
 import pytest
-from scripted_engine import ScriptedEngine, ScriptedEngineType
+from model_stage import Stage
 
-from llmkit.engines.base import EngineContext
 from llmkit.errors import (
     EngineGone,
     LoadCancelled,
@@ -20,47 +18,8 @@ from llmkit.errors import (
     QueueFull,
     ServerStopping,
 )
-from llmkit.registry.model import Model, Running
-from llmkit.schemas import Configuration
-
-LOG = logging.getLogger("test")
-
-
-class Stage:
-    """A model, its engines, and every change it told."""
-
-    def __init__(self, folder: Path, *, max_in_flight: int = 4, max_queued: int = 4) -> None:
-        self.engine_type = ScriptedEngineType()
-        self.changes: list[tuple[str, str]] = []
-        configuration = Configuration(config_id="c", model_id="m", model_name="n", model_type="scripted")
-        log_file = folder / "m.log"
-
-        async def make_engine(configuration: Configuration) -> ScriptedEngine:
-            return self.engine_type.create(configuration, EngineContext(folder, log_file, None, LOG))
-
-        self.model = Model(
-            configuration,
-            make_engine,
-            log_file,
-            lambda model, change: self.changes.append((change, model.status)),
-            max_in_flight=max_in_flight,
-            max_queued=max_queued,
-            logger=LOG,
-        )
-
-    @property
-    def engine(self) -> ScriptedEngine:
-        return self.engine_type.engines[-1]
-
-    async def until_engine(self) -> ScriptedEngine:
-        while not self.engine_type.engines:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return self.engine
-
-    async def loaded(self) -> None:
-        self.engine_type.ready = True
-        await self.model.ensure_loaded()
+from llmkit.registry.model import Running
+from llmkit.registry.policies import LoadRecord
 
 
 async def test_callers_of_load_share_one_start(tmp_path: Path) -> None:
@@ -348,3 +307,61 @@ async def test_a_model_that_is_not_loaded_says_how_to_load_it(tmp_path: Path) ->
     with pytest.raises(ModelNotLoaded, match="POST /llm/load_model/c"):
         async with stage.model.use(Running("r")):
             pass
+
+
+async def test_force_reaches_who_makes_the_engine(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.engine_type.ready = True
+    await stage.model.ensure_loaded(force=True)
+    assert stage.forced == [True]
+    await stage.model.unload()
+
+
+async def test_the_second_load_tells_how_long_it_will_take(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    await stage.model.unload()
+    stage.history.records[-1] = LoadRecord(20.0, {"weights": 0.0})
+    stage.engine_type.ready = False
+    stage.model.start_loading()
+    await stage.until_engine()
+    first = stage.model.snapshot()
+    assert first.eta_seconds is not None
+    assert 19.0 < first.eta_seconds <= 20.0
+    told = len(stage.changes)
+    await asyncio.sleep(1.2)
+    second = stage.model.snapshot()
+    assert second.eta_seconds is not None
+    assert second.eta_seconds < first.eta_seconds
+    assert (second.progress or 0) >= (first.progress or 0)
+    assert len(stage.changes) > told  # told by itself, also while the engine says nothing
+    await stage.model.unload()
+    assert stage.model.snapshot().eta_seconds is None
+
+
+async def test_a_model_expires_after_its_last_request(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.model.configuration = stage.model.configuration.model_copy(update={"idle_ttl": 60.0})
+    await stage.loaded()
+    before = stage.model.snapshot().expires_at
+    assert before is not None
+    async with stage.model.use(Running("r")):
+        assert stage.model.snapshot().expires_at is None
+    after = stage.model.snapshot().expires_at
+    assert after is not None
+    assert after > before
+    async with stage.model.use(Running("s"), idle_ttl=-1.0):
+        pass
+    assert stage.model.snapshot().expires_at is None
+    async with stage.model.use(Running("t")):
+        pass
+    assert stage.model.snapshot().expires_at is not None
+    await stage.model.unload()
+    assert stage.model.snapshot().expires_at is None
+
+
+async def test_an_eviction_says_why_and_lets_a_late_request_finish(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    await stage.model.evict("idle for 5 s")
+    assert stage.model.snapshot().reason == "idle for 5 s"

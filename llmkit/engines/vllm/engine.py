@@ -18,26 +18,32 @@ from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, LogFollower, last_lines
 from llmkit.engines.vllm.arguments import VLLMArguments, to_flags
 from llmkit.engines.vllm.environment import engine_environ
+from llmkit.engines.vllm.estimate import estimate, find_model
 from llmkit.engines.vllm.failures import READ_LINES, explain
 from llmkit.engines.vllm.install import has_nvidia_gpu, installed
-from llmkit.engines.vllm.progress import LoadLog
-from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, TimedOut
+from llmkit.engines.vllm.progress import DownloadMeter, LoadLog
+from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, LoadStalled, TimedOut
+from llmkit.process.guardian import is_alive
 from llmkit.process.keeper import Ended, KeptProcess
-from llmkit.schemas import API, Capabilities, Configuration, Memory
+from llmkit.schemas import API, Capabilities, Configuration, Memory, MemoryEstimate
 
 LAUNCH_COMMAND: Final = (sys.executable, "-m", "llmkit.engines.vllm.launch")
-STALL_SECONDS: Final = 300.0
 SOCKET_NAME: Final = "engine.sock"
 
 _POLL_SECONDS: Final = 0.1
 _ANSWER_SECONDS: Final = 30.0
 _MEASURE_SECONDS: Final = 1.5
+_WATCH_SECONDS: Final = 0.5
+_GPU_SECONDS: Final = 3.0
+_PARTS: Final = "VLLM::"
+"""What vLLM names its engine cores and workers."""
 _LONGEST_SOCKET_PATH: Final = 107
 """Bytes; `unix(7)`."""
 _LONGEST_NAME: Final = 37
 """Of a socket in the engine's folder: vLLM names its own with a UUID."""
 _ALIVE_SHARE: Final = 0.01
 """Share of one core below which processes merely wait."""
+_SIZES: Final = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 _KV_CACHE_BYTES: Final = 4 << 30
 
 DEMO_DEFAULTS: Final = {"enforce_eager": True, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 16, "offline": True}
@@ -53,8 +59,6 @@ class VLLMEngineType:
         What is run with the arguments of ``vllm``, ``serve`` first.
     environ
         The server's environment.
-    stall_seconds
-        How long a load may show no sign of life; there is no limit to a load that does.
     """
 
     name = "vllm"
@@ -65,9 +69,7 @@ class VLLMEngineType:
         self,
         command: Sequence[str] = LAUNCH_COMMAND,
         environ: Mapping[str, str] = os.environ,
-        stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        self.stall_seconds = stall_seconds
         self._command = tuple(command)
         self._environ = environ
 
@@ -111,10 +113,32 @@ class VLLMEngineType:
         """Say that no key goes anywhere."""
         return None
 
+    def estimate(self, configuration: Configuration) -> MemoryEstimate | None:
+        """Say what a load will take, by the model's files. Reads some of them."""
+        given = sort_kwargs(self, configuration.model_kwargs).engine
+        arguments = _arguments(configuration.model_name, self._environ, given)
+        path = (
+            demo_model_path()
+            if configuration.model_name == DEMO_MODEL_NAME
+            else find_model(configuration.model_name, arguments.revision, self._environ)
+        )
+        gpu = _uses_gpu()
+        if path is None:
+            return MemoryEstimate(device="gpu" if gpu else "cpu", reason="the model is not on this machine yet")
+        return estimate(path, arguments, gpu=gpu)
+
     def create(self, configuration: Configuration, context: EngineContext) -> VLLMEngine:
         """Make the engine of one load."""
         given = sort_kwargs(self, configuration.model_kwargs).engine
-        return VLLMEngine(configuration, context, given, self._command, self._environ, self.stall_seconds)
+        return VLLMEngine(configuration, context, given, self._command, self._environ)
+
+
+def _uses_gpu() -> bool:
+    return has_nvidia_gpu() and installed("vllm") is not None
+
+
+def _arguments(model_name: str, environ: Mapping[str, str], given: Mapping[str, Any]) -> VLLMArguments:
+    return VLLMArguments.model_validate({**_defaults(model_name, environ, given), **given})
 
 
 def _install_command() -> str:
@@ -131,13 +155,15 @@ class VLLMEngine:
         given: Mapping[str, Any],
         command: Sequence[str],
         environ: Mapping[str, str],
-        stall_seconds: float,
     ) -> None:
+        if context.gpu_memory_utilization is not None and not _SIZES & given.keys():
+            given = {**given, "gpu_memory_utilization": context.gpu_memory_utilization}
         self._model_name = configuration.model_name
-        self._arguments = VLLMArguments.model_validate({**_defaults(configuration.model_name, environ, given), **given})
+        self._arguments = _arguments(configuration.model_name, environ, given)
+        self._devices = context.devices
         self._run_dir = context.run_dir
         self._log_file = context.log_file
-        self._stall_seconds = stall_seconds
+        self._stall_seconds = context.stall_seconds
         socket = context.run_dir / SOCKET_NAME
         self._endpoint = Endpoint(base_url="http://engine/v1", uds=socket, model=configuration.model_id)
         model = str(demo_model_path()) if self._model_name == DEMO_MODEL_NAME else self._model_name
@@ -155,6 +181,7 @@ class VLLMEngine:
             engine_environ(
                 environ,
                 context.run_dir,
+                gpus=context.gpus,
                 offline=bool(self._arguments.offline),
                 sets_kv_cache=self._arguments.kv_cache_memory_bytes is not None,
             ),
@@ -217,6 +244,7 @@ class VLLMEngine:
 
     async def _wait_until_ready(self, http: EngineHTTP, report: Callable[[LoadProgress], None]) -> None:
         log = LoadLog()
+        meter: DownloadMeter | None = None
         follower = LogFollower(self._log_file)
         life = _SignsOfLife(self._kept, self._stall_seconds)
         while not await self._is_healthy(http):
@@ -226,8 +254,15 @@ class VLLMEngine:
             for line in lines:
                 if log.read(line):
                     report(log.progress)
+            if log.download_folder is not None:
+                if meter is None:
+                    meter = await asyncio.to_thread(DownloadMeter, log.download_folder, log.download_bytes)
+                download = await asyncio.to_thread(meter.read, time.monotonic())
+                if log.downloaded(download):
+                    report(log.progress)
+                    lines = lines or [""]  # bytes that come are a sign of life, too
             if not await life.seen(in_log=bool(lines)):
-                raise LoadFailed(
+                raise LoadStalled(
                     f"vLLM showed no sign of life for {self._stall_seconds:g} s while it loaded.",
                     hint="Load it again; the log says what it did last.",
                     details={"log_tail": await asyncio.to_thread(last_lines, self._log_file, LOG_TAIL_LINES)},
@@ -284,13 +319,37 @@ class VLLMEngine:
         # What a load held that was cut short interests nobody, and to measure takes time.
         loaded = self._ready and self._kept.ended is None
         held = await self.memory() if loaded else Memory(reason="it was not loaded")
+        pids = [process.pid for process in await self._kept.processes()] if _uses_gpu() else []
         gone = await self._kept.stop()
+        if gone and pids:
+            gone = await self._gpu_memory_is_back(pids)
         return held.model_copy(update={"verified": gone})
+
+    async def _gpu_memory_is_back(self, pids: list[int]) -> bool:
+        """Say whether the GPUs hold nothing any more for processes that are gone; a driver can take its time."""
+        deadline = time.monotonic() + _GPU_SECONDS
+        while await asyncio.to_thread(self._devices.gpus_of, pids):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(_POLL_SECONDS)
+        return True
 
     async def wait_exit(self) -> EngineExit:
         """Return when the engine ended without being asked to."""
-        ended = await self._kept.wait_exit()
-        return EngineExit(_describe(ended), ended.returncode)
+        parts = await self._kept.processes(_PARTS)
+        ending = asyncio.create_task(self._kept.wait_exit())
+        try:
+            while True:
+                await asyncio.wait([ending], timeout=_WATCH_SECONDS)
+                if ending.done():
+                    ended = ending.result()
+                    return EngineExit(_describe(ended), ended.returncode)
+                # vLLM itself notices the loss of its engine core only seconds later, and that of a worker never.
+                lost = [name for process, name in parts.items() if not is_alive(process)]
+                if lost:
+                    return EngineExit(f"A part of vLLM ended by itself or was killed: {lost[0]}.")
+        finally:
+            ending.cancel()
 
     async def memory(self) -> Memory:
         """Measure what the engine's processes hold."""
@@ -300,8 +359,17 @@ class VLLMEngine:
             return Memory(reason="the memory could not be measured in time")
         if pss is None:
             return Memory(reason="no process of the engine runs")
-        on_gpu = "the memory of the GPU is not measured" if installed("vllm") else "the engine runs on the CPU"
-        return Memory(pss_bytes=pss, verified=True, reason=on_gpu)
+        if not _uses_gpu():
+            return Memory(pss_bytes=pss, verified=True, reason="the engine runs on the CPU")
+        pids = [process.pid for process in await self._kept.processes()]
+        gpus = await asyncio.to_thread(self._devices.gpus_of, pids)
+        return Memory(
+            pss_bytes=pss,
+            gpu_bytes=sum(gpus.values()) if gpus is not None else None,
+            gpus=gpus or {},
+            verified=True,
+            reason=None if gpus is not None else "the GPU does not say who holds its memory",
+        )
 
 
 def _describe(ended: Ended) -> str:

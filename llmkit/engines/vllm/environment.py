@@ -7,7 +7,7 @@ engine, and what a model's files make it do, sees none of that.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -47,7 +47,12 @@ _STOPPED: Final = re.compile(
 
 
 def engine_environ(
-    environ: Mapping[str, str], run_dir: Path, *, offline: bool = False, sets_kv_cache: bool = False
+    environ: Mapping[str, str],
+    run_dir: Path,
+    *,
+    gpus: Sequence[int] = (),
+    offline: bool = False,
+    sets_kv_cache: bool = False,
 ) -> dict[str, str]:
     """Make the environment of one engine.
 
@@ -57,12 +62,16 @@ def engine_environ(
         The server's environment.
     run_dir
         The engine's folder; its sockets and temporary files lie there and go with it.
+    gpus
+        The GPUs that it may use; none given, it is left to the server's environment.
     offline
         Nothing is downloaded.
     sets_kv_cache
         An argument says how large the KV cache is; it wins over the variable that says so too.
     """
     given = {name: value for name, value in environ.items() if _allowed(name)}
+    if gpus:
+        given |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if sets_kv_cache:
         given.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if offline:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from llmkit.engines.log import LOG_TAIL_LINES
 from llmkit.engines.vllm.progress import clean
-from llmkit.errors import DiskFull, DoesNotFit, LLMKitError, LoadFailed, ModelNameNotFound
+from llmkit.errors import (
+    DiskFull,
+    DoesNotFit,
+    EngineArgumentRefused,
+    KVCacheTooSmall,
+    LLMKitError,
+    LoadFailed,
+    ModelGated,
+    ModelNameNotFound,
+    OutOfMemory,
+    UnknownArchitecture,
+)
 
-"""Lines of the log that go with an error."""
 READ_LINES: Final = 1000
 """Lines that the reason is looked for in: vLLM prints a traceback for each of its processes after it."""
 MAX_MESSAGE: Final = 1000
+_GIB: Final = 1 << 30
 
 _SMALLER = "Lower max_model_len, raise kv_cache_memory_bytes or gpu_memory_utilization, or unload another model."
+_FREE_ON_GPU = re.compile(r"^Free memory on device .*?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*[A-Z]\w*(?:Error|Exception): (?P<message>\S.*)")
 _EMPTY_WORDS = re.compile(
     r"^(?:Engine core initialization failed|WorkerProc initialization failed|EngineCore |Client error )"
@@ -56,7 +69,8 @@ def _unknown(words: list[str], returncode: int | None) -> LLMKitError:
     if message is not None:
         return LoadFailed(f"vLLM did not start: {message}"[:MAX_MESSAGE], hint="The log says more.")
     if returncode is not None and returncode < 0:
-        return LoadFailed(
+        kind = OutOfMemory if returncode == -signal.SIGKILL else LoadFailed
+        return kind(
             f"vLLM was ended by signal {-returncode} while it loaded.",
             hint="Often the system ran out of memory: choose a smaller model or KV cache, or unload another model.",
         )
@@ -86,8 +100,8 @@ def _kv_cache_too_small(found: re.Match[str], _: str) -> LLMKitError:
     wanted, fits = found["wanted"], found["fits"]
     message = f"The KV cache has no room for {wanted} tokens, which is the max_model_len"
     if fits is None:
-        return LoadFailed(f"{message}.", param="model_kwargs.max_model_len", hint=_SMALLER)
-    return LoadFailed(
+        return KVCacheTooSmall(f"{message}.", param="model_kwargs.max_model_len", hint=_SMALLER)
+    return KVCacheTooSmall(
         f"{message}; {fits} fit.",
         param="model_kwargs.max_model_len",
         hint=f"Set max_model_len to {fits}, or give the KV cache more memory.",
@@ -106,15 +120,18 @@ def _longer_than_model(found: re.Match[str], _: str) -> LLMKitError:
 
 
 def _out_of_memory(found: re.Match[str], _: str) -> LLMKitError:
-    return LoadFailed(
+    free = _FREE_ON_GPU.search(found["message"])
+    share = int(float(free["free"]) / float(free["total"]) * 100) / 100 - 0.02 if free else 0.0
+    return OutOfMemory(
         f"There is not enough memory: {found['message'].strip()}"[:MAX_MESSAGE],
         param="model_kwargs",
         hint="Unload another model, choose a smaller one, or lower kv_cache_memory_bytes or gpu_memory_utilization.",
+        details=_fix("gpu_memory_utilization", round(share, 2)) if share > 0 else None,
     )
 
 
 def _gated(_: re.Match[str], model_name: str) -> LLMKitError:
-    return LoadFailed(
+    return ModelGated(
         f"`{model_name}` is gated: its owner decides who may use it.",
         param="model_name",
         hint="Ask for access on its hub page, then start the Jupyter server with HF_TOKEN set to your token.",
@@ -152,7 +169,7 @@ def _no_revision(_: re.Match[str], model_name: str) -> LLMKitError:
 
 def _unknown_architecture(found: re.Match[str], model_name: str) -> LLMKitError:
     name = found["architectures"] or f"'{found['type']}'"
-    return LoadFailed(
+    return UnknownArchitecture(
         f"The installed vLLM does not know the architecture of `{model_name}` ({name[:200]}).",
         param="model_name",
         hint="Choose another model, or a newer vLLM.",
@@ -168,10 +185,18 @@ def _no_weights(_: re.Match[str], model_name: str) -> LLMKitError:
 
 
 def _bad_argument(found: re.Match[str], _: str) -> LLMKitError:
-    return DoesNotFit(
+    return EngineArgumentRefused(
         f"vLLM refused an argument: {(found['message'] or found['parser']).strip()}"[:MAX_MESSAGE],
         param="model_kwargs",
         hint="GET /llm/model_types/ lists every argument.",
+    )
+
+
+def _no_disk_for_download(found: re.Match[str], model_name: str) -> LLMKitError:
+    needed, free = int(found["needed"]) / _GIB, int(found["free"]) / _GIB
+    return DiskFull(
+        f"`{model_name}` is a download of {needed:.1f} GiB, and {free:.1f} GiB are free at {found['folder']}.",
+        hint="Free space there, or start the server with HF_HOME on a larger disk.",
     )
 
 
@@ -207,6 +232,12 @@ _REASONS: Final[list[tuple[re.Pattern[str], Callable[[re.Match[str], str], LLMKi
     (
         re.compile(r"max_model_len \((?P<wanted>\d+)\) is greater than the derived max_model_len \(\w+=(?P<most>\d+)"),
         _longer_than_model,
+    ),
+    (
+        re.compile(
+            r"llmkit: not enough disk: (?P<needed>\d+) bytes to download, (?P<free>\d+) bytes free in (?P<folder>.*)"
+        ),
+        _no_disk_for_download,
     ),
     (re.compile(r"No space left on device"), _disk_full),
     (

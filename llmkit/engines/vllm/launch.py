@@ -29,8 +29,23 @@ def name_the_cpu_build() -> None:
     importlib.metadata.version = version_of
 
 
+def plan(arguments: list[str]) -> bool:
+    """Say in the log what is to be downloaded; False if it makes no sense to go on."""
+    if arguments[:1] != ["serve"] or len(arguments) < 2:
+        return True
+    from llmkit.engines.vllm.hub import plan_download  # vLLM imports the same library
+
+    revision = next((one.partition("=")[2] for one in arguments if one.startswith("--revision=")), None)
+    lines, sensible = plan_download(arguments[1], revision)
+    for line in lines:
+        print(line, flush=True)
+    return sensible
+
+
 def main() -> None:
     """Run vLLM's command line with this program's arguments."""
+    if not plan(sys.argv[1:]):
+        sys.exit(1)
     name_the_cpu_build()
     from vllm.entrypoints.cli.main import main as vllm_main  # asks for the version at once
 

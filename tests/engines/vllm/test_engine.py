@@ -48,9 +48,9 @@ def make(run_root: Path, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Iterator
     made: list[VLLMEngine] = []
 
     def make(*options: str, model_kwargs: dict[str, Any] | None = None, stall_seconds: float = 60.0) -> VLLMEngine:
-        engine_type = FakeVLLMEngineType(*options, stall_seconds=stall_seconds)
+        engine_type = FakeVLLMEngineType(*options)
         place = run_root / f"e{len(made)}"
-        context = EngineContext(place, place.with_suffix(".log"), None, LOG)
+        context = EngineContext(place, place.with_suffix(".log"), None, LOG, stall_seconds=stall_seconds)
         made.append(engine_type.create(configuration(model_kwargs=model_kwargs or {}), context))
         return made[-1]
 

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from llmkit.engines.vllm.failures import LOG_TAIL_LINES, explain
-from llmkit.errors import DiskFull, DoesNotFit, LLMKitError, LoadFailed, ModelNameNotFound
+from llmkit.errors import (
+    DiskFull,
+    DoesNotFit,
+    EngineArgumentRefused,
+    KVCacheTooSmall,
+    LLMKitError,
+    LoadFailed,
+    ModelGated,
+    ModelNameNotFound,
+    OutOfMemory,
+    UnknownArchitecture,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -25,21 +36,21 @@ def real_log(name: str) -> list[str]:
         ("name_not_in_hub", "nobody/nothing", ModelNameNotFound, "hub has none of this name", "model_name"),
         ("name_hub_unreachable", "nobody/nothing", ModelNameNotFound, "hub cannot be reached", "model_name"),
         ("bad_path", "/nonexistent/model", ModelNameNotFound, "no model at /nonexistent/model", "model_name"),
-        ("gated", "nobody/gated", LoadFailed, "`nobody/gated` is gated", "model_name"),
-        ("unknown_architecture", "some/model", LoadFailed, "FooForCausalLM", "model_name"),
-        ("unknown_model_type", "some/model", LoadFailed, "'foozle'", "model_name"),
+        ("gated", "nobody/gated", ModelGated, "`nobody/gated` is gated", "model_name"),
+        ("unknown_architecture", "some/model", UnknownArchitecture, "FooForCausalLM", "model_name"),
+        ("unknown_model_type", "some/model", UnknownArchitecture, "'foozle'", "model_name"),
         ("no_weights", "some/model", LoadFailed, "no weights", "model_name"),
         (
             "kv_cache_too_small",
             "some/model",
-            LoadFailed,
+            KVCacheTooSmall,
             "no room for 512 tokens.*384 fit",
             "model_kwargs.max_model_len",
         ),
         ("longer_than_model", "some/model", DoesNotFit, "100000.*takes 512 tokens", "model_kwargs.max_model_len"),
-        ("out_of_memory", "some/model", LoadFailed, "not enough memory.*372.53 GiB", "model_kwargs"),
-        ("bad_argument", "some/model", DoesNotFit, "--dtype: invalid choice: 'foo'", "model_kwargs"),
-        ("bad_parser", "some/model", DoesNotFit, "Reasoning parser 'foo' not found", "model_kwargs"),
+        ("out_of_memory", "some/model", OutOfMemory, "not enough memory.*372.53 GiB", "model_kwargs"),
+        ("bad_argument", "some/model", EngineArgumentRefused, "--dtype: invalid choice: 'foo'", "model_kwargs"),
+        ("bad_parser", "some/model", EngineArgumentRefused, "Reasoning parser 'foo' not found", "model_kwargs"),
         ("bad_quantization", "some/model", LoadFailed, "Cannot find the config file for awq$", None),
     ],
 )
@@ -64,8 +75,19 @@ def test_a_context_that_is_too_long_comes_with_the_one_that_fits(log: str, fits:
 @pytest.mark.parametrize(
     ("line", "kind", "words"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.", LoadFailed, "not enough memory"),
-        ("ValueError: Free memory on device cuda:0 (1.0/80.0 GiB) on startup is less", LoadFailed, "not enough memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.", OutOfMemory, "not enough memory"),
+        (
+            "ValueError: Free memory on device cuda:0 (1.0/80.0 GiB) on startup is less",
+            OutOfMemory,
+            "not enough memory",
+        ),
+        (
+            "llmkit: not enough disk: 16106127360 bytes to download, 1073741824 bytes free in /cache",
+            DiskFull,
+            "15.0 GiB, and 1.0 GiB are free at /cache",
+        ),
+        ("llmkit: GatedRepoError: nobody/gated", ModelGated, "gated"),
+        ("llmkit: RepositoryNotFoundError: nobody/x", ModelNameNotFound, "no model"),
         ("OSError: [Errno 28] No space left on device", DiskFull, "disk"),
         ("RuntimeError: Failed to infer device type, please set", LoadFailed, "no device"),
         ("World size (8) is larger than the number of available GPUs (1) in this node", DoesNotFit, "8 GPUs"),

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.engines.base import LoadProgress
-from llmkit.engines.vllm.progress import LoadLog, clean
+from llmkit.engines.vllm.progress import DownloadMeter, LoadLog, clean
+from llmkit.schemas import Download
 
 REAL_LOG = re.split(r"[\r\n]+", (Path(__file__).parent / "data" / "start.log").read_text())
 
@@ -20,7 +21,7 @@ def test_the_log_of_a_real_start_gives_phases_in_order_and_a_fraction_that_grows
     assert list(dict.fromkeys(progress.phase for progress in seen)) == ["starting", "weights", "warming"]
     assert all((a.fraction or 0) <= (b.fraction or 0) for a, b in pairwise(seen))
     assert len(seen) >= 9
-    assert seen[-1] == LoadProgress("warming", 0.99)
+    assert seen[-1] == LoadProgress("warming", 0.99, "server")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,28 @@ def test_what_goes_back_keeps_the_fraction() -> None:
     log = LoadLog()
     log.read("Loading weights took 3 seconds")
     log.read("Starting to load model draft...")
-    assert log.progress == LoadProgress("weights", 0.85)
+    assert log.progress == LoadProgress("weights", 0.85, "weights")
+
+
+def test_weights_that_have_to_come_first_are_a_download_with_bytes_and_rate(tmp_path: Path) -> None:
+    log, folder = LoadLog(), tmp_path / "blobs"
+    folder.mkdir()
+    (folder / "here already").write_bytes(bytes(1 << 20))
+    assert not log.read(f"llmkit: to download: 2 files, {4 << 20} bytes, into {folder}")
+    assert (log.download_bytes, log.download_folder) == (4 << 20, folder)
+    meter = DownloadMeter(folder, log.download_bytes)
+    assert meter.read(100.0) == Download(done_bytes=0, total_bytes=4 << 20)
+    assert not log.downloaded(meter.read(100.1))  # vLLM does not wait for them yet
+    log.read("Starting to load model x...")
+    assert log.progress.phase == "downloading"
+    (folder / "weights.incomplete").write_bytes(bytes(2 << 20))
+    half = meter.read(102.0)
+    assert (half.done_bytes, half.bytes_per_second) == (2 << 20, 1 << 20)
+    assert log.downloaded(half)
+    assert (log.progress.fraction, log.progress.download) == (0.6, half)
+    (folder / "weights.incomplete").write_bytes(bytes(5 << 20))
+    assert log.downloaded(meter.read(103.0))
+    assert (log.progress.phase, log.progress.download) == ("weights", None)
 
 
 @given(st.text(max_size=5000))

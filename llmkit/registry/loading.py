@@ -1,0 +1,296 @@
+"""What comes before an engine: is there room, who makes it, on which device; and what loads have taught."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from llmkit.engines.base import Engine, EngineContext
+from llmkit.errors import ConfigurationNotFound, LLMKitError, NoRoom
+from llmkit.process.devices import Devices
+from llmkit.process.placement import Placement, Reservation, utilization
+from llmkit.registry.configurations import Configurations
+from llmkit.registry.model import Model
+from llmkit.registry.policies import Candidate, LoadRecord, Room, make_room
+from llmkit.registry.secrets import ARGUMENT
+from llmkit.schemas import Configuration, LoadPlan, MemoryEstimate
+
+_GIB: Final = 1 << 30
+_GPU_MARGIN: Final = 512 << 20
+"""What the driver and others take while an engine starts."""
+_ROUNDS: Final = 4
+"""So often is room looked for: what is being unloaded by others may be the room."""
+
+
+@dataclass
+class _Load:
+    """A load that has been let in: its engine takes its memory bit by bit."""
+
+    estimate: MemoryEstimate
+    engine: Engine | None = None
+    reservation: Reservation | None = None
+
+
+class Loader:
+    """Makes engines, and room for them. It is the `LoadHistory` of every model, too.
+
+    Parameters
+    ----------
+    models
+        Gives every model of the registry.
+    run_dir
+        The folder of this server; that of all servers of this user lies above it.
+    max_loaded_models
+        How many models may hold memory of this machine at once; 0 is no limit.
+    stall_seconds
+        How long a load may show no sign of life.
+    """
+
+    def __init__(
+        self,
+        stored: Configurations,
+        models: Callable[[], Iterable[Model]],
+        run_dir: Path,
+        max_loaded_models: int,
+        stall_seconds: float,
+        logger: logging.Logger,
+        devices: Devices | None = None,
+    ) -> None:
+        self.devices = devices or Devices()
+        self.placement = Placement(self.devices, run_dir.parent / "gpus")
+        self._stored = stored
+        self._models = models
+        self._run_dir = run_dir
+        self._max_loaded_models = max_loaded_models
+        self._stall_seconds = stall_seconds
+        self._log = logger
+        self._loads: dict[str, _Load] = {}
+        self._local: set[str] = set()
+
+    def log_file(self, configuration: Configuration) -> Path:
+        """Give where the engine writes its log."""
+        return self._run_dir / f"{configuration.config_id}.log"
+
+    async def make_engine(self, configuration: Configuration, force: bool) -> Engine:  # noqa: FBT001  # as `Model` calls it
+        """Make the engine of one load, after making room for it.
+
+        Raises
+        ------
+        LLMKitError
+            `NoRoom` if there is none, or why there can be no engine.
+        """
+        engine_type = self._stored.engine_type(configuration)
+        unavailable = engine_type.unavailable()
+        if unavailable is not None:
+            raise unavailable
+        await self._claim(configuration)
+        estimate = await self._estimate(configuration)
+        load = None
+        if estimate is not None:
+            load = await self._let_in(configuration, estimate, force=force)
+        gpus = tuple(load.reservation.gpus) if load and load.reservation else ()
+        context = EngineContext(
+            # Short: the path of a unix socket in it has at most 107 bytes.
+            run_dir=self._run_dir / UUID(configuration.config_id).hex[:12],
+            log_file=self.log_file(configuration),
+            api_key=await self._stored.api_key(configuration),
+            logger=self._log,
+            stall_seconds=self._stall_seconds,
+            devices=self.devices,
+            gpus=gpus,
+            gpu_memory_utilization=await self._free_share(gpus),
+        )
+        engine = engine_type.create(configuration, context)
+        if load is not None:
+            load.engine = engine
+        return engine
+
+    async def _claim(self, configuration: Configuration) -> None:
+        try:
+            await self._stored.claim(configuration)
+        except ConfigurationNotFound:
+            raise
+        except LLMKitError as error:
+            # A full disk is no reason not to load; another server could delete the configuration meanwhile.
+            self._log.warning("Other servers could not be told of the load of %s: %s", configuration.model_id, error)
+
+    def settled(self, model: Model) -> None:
+        """Give back what was set aside for a load that has ended."""
+        config_id = model.configuration.config_id
+        load = self._loads.pop(config_id, None)
+        if load is not None and load.reservation is not None:
+            load.reservation.release()
+        if not model.live:
+            self._local.discard(config_id)
+
+    async def release(self, model: Model) -> None:
+        """Let the other servers change the configuration again, unless it is loaded once more."""
+        if not model.live:
+            await self._stored.release(model.configuration)
+
+    async def plan(self, model: Model) -> LoadPlan:
+        """Say what a load would take, and from whom; nothing is changed."""
+        configuration = model.configuration
+        estimate = await self._estimate(configuration)
+        head = {"model_id": configuration.model_id, "config_id": configuration.config_id}
+        if estimate is None:
+            return LoadPlan(**head, estimate=None, fits=True, reason="it takes no memory of this machine")
+        if model.status == "loaded":
+            return LoadPlan(**head, estimate=estimate, fits=True, reason="it is loaded")
+        free = await self._free(estimate)
+        candidates = self._candidates(configuration, estimate)
+        room = make_room(estimate.total_bytes, free, candidates, surplus=self._surplus(configuration))
+        evictable = sum(c.held_bytes or 0 for c in candidates if not c.busy)
+        reason = estimate.reason
+        if room.fits is False:
+            reason = self._no_room(configuration, estimate, free).message
+        return LoadPlan(
+            **head,
+            estimate=estimate,
+            free_bytes=free,
+            evict=room.evict,
+            evictable_bytes=evictable,
+            fits=room.fits,
+            reason=reason,
+        )
+
+    # -- room ----------------------------------------------------------------------------------------------
+
+    async def _estimate(self, configuration: Configuration) -> MemoryEstimate | None:
+        """Give what a load takes: what the last one like it held, or what its files say."""
+        engine_type = self._stored.engine_type(configuration)
+        estimate = await asyncio.to_thread(engine_type.estimate, configuration)
+        if estimate is None:
+            return None
+        earlier = await self.last(configuration)
+        held = (earlier.gpu_bytes if estimate.device == "gpu" else earlier.pss_bytes) if earlier else None
+        return estimate.model_copy(update={"total_bytes": held, "measured": True}) if held else estimate
+
+    async def _let_in(self, configuration: Configuration, estimate: MemoryEstimate, *, force: bool) -> _Load:
+        """Return when there is room, after unloading what has to go for it."""
+        free: int | None = None
+        for _ in range(_ROUNDS):
+            free = await self._free(estimate)
+            candidates = self._candidates(configuration, estimate)
+            surplus = self._surplus(configuration)
+            room = make_room(estimate.total_bytes, free, candidates, surplus=surplus, force=force)
+            if room.fits is not False:
+                # Before anything else can happen: the next load that asks must know of this one.
+                load = self._loads[configuration.config_id] = _Load(estimate)
+                self._local.add(configuration.config_id)
+                await self._evict(room, configuration)
+                if estimate.device == "gpu":
+                    each = (estimate.total_bytes or 0) // max(estimate.device_count, 1)
+                    load.reservation = await asyncio.to_thread(
+                        self.placement.reserve, estimate.device_count, 0 if force else each
+                    )
+                return load
+            leaving = [model for model in self._models() if model.status == "unloading"]
+            if not leaving:
+                break
+            # Joins their unloads; requests that they still wait for are not hurried.
+            await asyncio.wait([asyncio.create_task(model.gone()) for model in leaving])
+        raise self._no_room(configuration, estimate, free)
+
+    async def _free(self, estimate: MemoryEstimate) -> int | None:
+        """Measure what is free where the model would go, without what other loads are about to take."""
+        if estimate.device == "gpu":
+            devices = await asyncio.to_thread(self.devices.read)
+            reserved = await asyncio.to_thread(self.placement.reservations)
+            rooms = sorted((gpu.free_bytes - reserved.get(gpu.index, 0) for gpu in devices.gpus), reverse=True)
+            chosen = rooms[: estimate.device_count]
+            return max(0, min(chosen)) * estimate.device_count if len(chosen) == estimate.device_count else None
+        free = await asyncio.to_thread(self.devices.free_ram)
+        for load in list(self._loads.values()):
+            if load.estimate.device == "cpu" and load.estimate.total_bytes:
+                held = (await load.engine.memory()).pss_bytes if load.engine else None
+                free -= max(0, load.estimate.total_bytes - (held or 0))
+        return max(0, free)
+
+    async def _free_share(self, gpus: tuple[int, ...]) -> float | None:
+        """Give the share of each of these GPUs that is free, or None if there are none."""
+        if not gpus:
+            return None
+        devices = await asyncio.to_thread(self.devices.read)
+        shares = [utilization(g.free_bytes, g.total_bytes, _GPU_MARGIN) for g in devices.gpus if g.index in gpus]
+        return min(shares, default=None)
+
+    def _candidates(self, configuration: Configuration, estimate: MemoryEstimate) -> list[Candidate]:
+        found = []
+        for model in self._models():
+            if model.configuration.config_id in self._local and model.idle_since is not None:
+                if model.status != "loaded" or model.configuration.config_id == configuration.config_id:
+                    continue
+                memory = model.snapshot().memory
+                held = memory.gpu_bytes if estimate.device == "gpu" else memory.pss_bytes
+                found.append(Candidate(model.configuration.model_id, held, model.idle_since, model.busy))
+        return found
+
+    def _surplus(self, configuration: Configuration) -> int:
+        """Count the models that have to go so that no more are loaded than may be."""
+        if not self._max_loaded_models:
+            return 0
+        live = sum(model.configuration.config_id in self._local and model.live for model in self._models())
+        live -= configuration.config_id in self._local
+        return max(0, live + 1 - self._max_loaded_models)
+
+    async def _evict(self, room: Room, configuration: Configuration) -> None:
+        models = {model.configuration.model_id: model for model in self._models()}
+        reason = f"evicted to make room for {configuration.model_id}"
+        going = [models[model_id].evict(reason) for model_id in room.evict if model_id in models]
+        await asyncio.gather(*going)
+
+    def _no_room(self, configuration: Configuration, estimate: MemoryEstimate, free: int | None) -> LLMKitError:
+        model_id = configuration.model_id
+        where = "GPU memory" if estimate.device == "gpu" else "memory"
+        held = [
+            f"`{c.model_id}`" + (f" {c.held_bytes / _GIB:.1f} GiB" if c.held_bytes else "") + (" (busy)" * c.busy)
+            for c in self._candidates(configuration, estimate)
+        ]
+        holders = f" Loaded: {', '.join(held)}." if held else ""
+        hint = "Unload a model, choose a smaller one or a smaller KV cache, or load it with ?force=true."
+        if self._surplus(configuration):
+            limit = self._max_loaded_models
+            return NoRoom(
+                f"No more than {limit} models may be loaded at once, and none of them is idle.{holders}", hint=hint
+            )
+        needed, have = (estimate.total_bytes or 0) / _GIB, (free or 0) / _GIB
+        return NoRoom(
+            f"`{model_id}` needs about {needed:.1f} GiB of {where}, and {have:.1f} GiB are free.{holders}",
+            hint=hint,
+            details={"needed_bytes": estimate.total_bytes, "free_bytes": free},
+        )
+
+    # -- history -------------------------------------------------------------------------------------------
+
+    async def last(self, configuration: Configuration) -> LoadRecord | None:
+        """Give the last load of this configuration with the same engine arguments; None also if it cannot be read."""
+        try:
+            told = await self._stored.last_load(configuration.config_id, self._hash(configuration))
+            return LoadRecord(**told) if told else None
+        except Exception as error:  # noqa: BLE001  # a forecast is not worth a load
+            self._log.warning("The last load of %s could not be read: %s", configuration.model_id, type(error).__name__)
+            return None
+
+    async def keep(self, configuration: Configuration, record: LoadRecord) -> None:
+        """Remember a load, if it can be."""
+        started = datetime.now(UTC).timestamp() - record.seconds
+        try:
+            await self._stored.add_load(
+                configuration.config_id, self._hash(configuration), started, record.seconds, asdict(record)
+            )
+        except Exception as error:  # noqa: BLE001  # as above
+            self._log.warning("The load of %s could not be kept: %s", configuration.model_id, type(error).__name__)
+
+    def _hash(self, configuration: Configuration) -> str:
+        engine = {k: v for k, v in self._stored.sorted(configuration).engine.items() if k != ARGUMENT}
+        told: list[Any] = [configuration.model_type, configuration.model_name, engine]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
