@@ -16,19 +16,6 @@ from llmkit.schemas import Configuration, Restart
 LOG = logging.getLogger("test")
 
 
-class History:
-    """Remembers loads in memory."""
-
-    def __init__(self) -> None:
-        self.records: list[LoadRecord] = []
-
-    async def last(self, configuration: Configuration) -> LoadRecord | None:
-        return self.records[-1] if self.records else None
-
-    async def keep(self, configuration: Configuration, record: LoadRecord) -> None:
-        self.records.append(record)
-
-
 class Stage:
     """A model, its engines, and every change it told."""
 
@@ -38,7 +25,7 @@ class Stage:
         self.engine_type = ScriptedEngineType()
         self.changes: list[tuple[str, str]] = []
         self.forced: list[bool] = []
-        self.history = History()
+        self.records: list[LoadRecord] = []
         configuration = Configuration(
             config_id="c", model_id="m", model_name="n", model_type="scripted", restart=restart
         )
@@ -48,12 +35,20 @@ class Stage:
             self.forced.append(force)
             return self.engine_type.create(configuration, EngineContext(folder, log_file, None, LOG))
 
+        async def last_load(_: Configuration) -> LoadRecord | None:
+            return self.records[-1] if self.records else None
+
+        def changed(model: Model, change: str) -> None:
+            self.changes.append((change, model.status))
+            if (change, model.status) == ("status", "loaded") and (record := model.load_record()):
+                self.records.append(record)
+
         self.model = Model(
             configuration,
             make_engine,
             log_file,
-            lambda model, change: self.changes.append((change, model.status)),
-            self.history,
+            changed,
+            last_load,
             max_in_flight=max_in_flight,
             max_queued=max_queued,
             logger=LOG,

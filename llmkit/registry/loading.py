@@ -40,7 +40,7 @@ class _Load:
 
 
 class Loader:
-    """Makes engines, and room for them. It is the `LoadHistory` of every model, too.
+    """Makes engines, and room for them. It remembers how loads went, too.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ class Loader:
         estimate = await asyncio.to_thread(engine_type.estimate, configuration)
         if estimate is None:
             return None
-        earlier = await self.last(configuration)
+        earlier = await self.last_load(configuration)
         held = (earlier.gpu_bytes if estimate.device == "gpu" else earlier.pss_bytes) if earlier else None
         return estimate.model_copy(update={"total_bytes": held, "measured": True}) if held else estimate
 
@@ -271,7 +271,7 @@ class Loader:
 
     # -- history -------------------------------------------------------------------------------------------
 
-    async def last(self, configuration: Configuration) -> LoadRecord | None:
+    async def last_load(self, configuration: Configuration) -> LoadRecord | None:
         """Give the last load of this configuration with the same engine arguments; None also if it cannot be read."""
         try:
             told = await self._stored.last_load(configuration.config_id, self._hash(configuration))
@@ -280,8 +280,11 @@ class Loader:
             self._log.warning("The last load of %s could not be read: %s", configuration.model_id, type(error).__name__)
             return None
 
-    async def keep(self, configuration: Configuration, record: LoadRecord) -> None:
-        """Remember a load, if it can be."""
+    async def keep(self, model: Model) -> None:
+        """Remember how the load of a model went that is loaded now, if that can be stored."""
+        configuration, record = model.configuration, model.load_record()
+        if record is None:
+            return
         started = datetime.now(UTC).timestamp() - record.seconds
         try:
             await self._stored.add_load(

@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llmkit import schemas
 from llmkit.engines.base import Engine, EngineExit, LoadProgress
@@ -69,18 +69,6 @@ class Running:
             self.task.cancel()
 
 
-class LoadHistory(Protocol):
-    """Remembers how loads went."""
-
-    async def last(self, configuration: Configuration) -> LoadRecord | None:
-        """Give the last load of this configuration that was like this one would be."""
-        ...
-
-    async def keep(self, configuration: Configuration, record: LoadRecord) -> None:
-        """Remember a load."""
-        ...
-
-
 class Model:
     """One model.
 
@@ -95,8 +83,8 @@ class Model:
         Where the engine writes its log.
     changed
         Called after every change, with ``"status"`` or ``"progress"``.
-    history
-        Remembers how loads went, so that the rest of the next can be told.
+    last_load
+        Gives the last load that was like this one would be, so that the rest of this one can be told.
     ttl_limits
         The server's default idle TTL and its ceiling, as in `policies.effective_ttl`.
     """
@@ -107,7 +95,7 @@ class Model:
         make_engine: Callable[[Configuration, bool], Awaitable[Engine]],
         log_file: Path,
         changed: Callable[[Model, str], None],
-        history: LoadHistory,
+        last_load: Callable[[Configuration], Awaitable[LoadRecord | None]],
         *,
         max_in_flight: int,
         max_queued: int,
@@ -119,7 +107,7 @@ class Model:
         self.log_file = log_file
         self._make_engine = make_engine
         self._changed = changed
-        self._history = history
+        self._last_load = last_load
         self.ttl_limits = ttl_limits
         self._log = logger
         self._status: Status = "unloaded"
@@ -282,7 +270,7 @@ class Model:
         load, configuration = self._clock, self.configuration
         assert load is not None  # noqa: S101  # made with the task
         try:
-            load.earlier = await self._history.last(configuration)
+            load.earlier = await self._last_load(configuration)
             engine = self._engine = await self._make_engine(configuration, force)
             self._capabilities = await engine.start(self._report)
             self._memory = await engine.memory()
@@ -292,9 +280,12 @@ class Model:
         self._load_seconds = round(load.elapsed, 3)
         self._loaded_at = datetime.now(UTC)
         self._watch_task = asyncio.create_task(self._watch(engine), name=f"watch {configuration.model_id}")
-        self._set("loaded")
-        await self._history.keep(configuration, load.record(self._memory))
+        self._set("loaded")  # the last step: what cancels this task means a load, not a loaded model
         return None
+
+    def load_record(self) -> LoadRecord | None:
+        """Give what the next load can learn of the one that has just ended well."""
+        return self._clock.record(self._memory) if self._clock is not None else None
 
     def _report(self, progress: LoadProgress) -> None:
         if self._status != "loading" or self._clock is None:

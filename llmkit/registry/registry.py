@@ -505,7 +505,7 @@ class ModelRegistry:
             self._loader.make_engine,
             self._loader.log_file(configuration),
             self._changed,
-            self._loader,
+            self._loader.last_load,
             max_in_flight=self._settings.max_in_flight,
             max_queued=self._settings.max_queued,
             logger=self._log,
@@ -529,7 +529,9 @@ class ModelRegistry:
         """Tell a change, unless the model was deleted: its engine may still be on the way down."""
         if change == "status" and model.status != "loading":
             self._loader.settled(model)
-            if not model.live:
+            if model.status == "loaded":
+                self._spawn(self._loader.keep(model))
+            elif not model.live:
                 self._spawn(self._loader.release(model))
         if change == "deleted" or self._models.get(model.configuration.model_id) is model:
             self._changes.tell(model, change)

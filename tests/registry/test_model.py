@@ -321,7 +321,7 @@ async def test_the_second_load_tells_how_long_it_will_take(tmp_path: Path) -> No
     stage = Stage(tmp_path)
     await stage.loaded()
     await stage.model.unload()
-    stage.history.records[-1] = LoadRecord(20.0, {"weights": 0.0})
+    stage.records[-1] = LoadRecord(20.0, {"weights": 0.0})
     stage.engine_type.ready = False
     stage.model.start_loading()
     await stage.until_engine()

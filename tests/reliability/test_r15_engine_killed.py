@@ -69,6 +69,8 @@ async def test_r15_every_client_hears_of_a_killed_engine_within_2_seconds(
             streams = [asyncio.create_task(stream(registry, event)) for event in begun]
             await asyncio.wait_for(asyncio.gather(*(event.wait() for event in begun)), 10)
             await asyncio.sleep(random.uniform(0, 0.05))
+            assert [stream.result() for stream in streams if stream.done()] == []
+            before = registry.model("m").loaded_at
             victims = await asyncio.to_thread(processes)
             guardian.send(victims[VICTIMS[number % 3]], signal.SIGKILL)
             killed = time.monotonic()
@@ -76,7 +78,7 @@ async def test_r15_every_client_hears_of_a_killed_engine_within_2_seconds(
             slowest = max(slowest, time.monotonic() - killed)
             assert all(isinstance(outcome, EngineGone) for outcome in outcomes), outcomes
             async with asyncio.timeout(20):
-                while registry.model("m").status != "loaded":
+                while registry.model("m").status != "loaded" or registry.model("m").loaded_at == before:
                     await asyncio.sleep(0.02)
             assert registry.model("m").in_flight == 0
     finally:
@@ -96,5 +98,6 @@ async def stream(registry: ModelRegistry, begun: asyncio.Event) -> LLMKitError |
     try:
         await registry.infer(request, take)
     except LLMKitError as error:
+        begun.set()
         return error
     return None
