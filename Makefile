@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.llmkit-ready
 ARGS   ?=
+N      ?= 10
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
@@ -12,7 +13,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # Jupyter refuses to run as root unless it is told that this is meant.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab demo test test-fast lint clean
+.PHONY: help setup lab demo test test-fast soak lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ test: $(READY)  ## every test, in tiers; installs Debian's Chromium where it is 
 
 test-fast: $(READY)  ## the tests that need neither vLLM nor a browser
 	$(BIN)/python -m pytest -m "not vllm and not browser" $(ARGS)
+
+soak: $(READY)  ## the tests of reliability, N times as long (10 if not said), with their figures
+	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

@@ -35,6 +35,12 @@ LOG = {
     "loaded": ["Starting vLLM server on a unix socket"],
 }
 
+KV_CACHE_TOO_SMALL = (
+    "ValueError: To serve at least one request with the models's max seq len ({wanted}), 2.0 GiB KV cache is needed, "
+    "which is larger than the available KV cache memory (1.0 GiB). Based on the available memory, the estimated "
+    "maximum model length is {fits}."
+)
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
@@ -46,6 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stall-at", choices=PHASES, help="do nothing any more from this phase on")
     parser.add_argument("--ignore-sigterm", action="store_true", help="every process ignores SIGTERM")
     parser.add_argument("--setsid", action="store_true", help="core and worker leave session and process group")
+    parser.add_argument("--kv-cache-tokens", type=int, help="fail as vLLM does if the context is longer")
     parser.add_argument("--tokens-per-second", type=float, default=200.0)
     parser.add_argument("--no-chat-template", action="store_true")
     parser.add_argument("serve", choices=["serve"])
@@ -110,6 +117,10 @@ def main() -> None:
     SharedMemory(f"fake-{os.environ.get('LLMKIT_ENGINE_ID', os.getpid())}", create=True, size=1 << 16)
     core = start_core(options)
     reach("weights", options)
+    room = options.kv_cache_tokens
+    if room is not None and options.max_model_len > room:
+        options.last_words = KV_CACHE_TOO_SMALL.format(wanted=options.max_model_len, fits=room)
+        options.die_at = "warming"
     reach("warming", options)
     web.run_app(
         FakeServer(options, core).app(),

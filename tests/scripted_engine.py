@@ -19,7 +19,8 @@ class ScriptedArguments(Strict):
 class ScriptedEngine:
     """Becomes ready when `ready` is set, fails with `failure`, ends when `ended` is set."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, held: int = 1000) -> None:
+        self.held = held
         self.endpoint = Endpoint(base_url=base_url, model="scripted-model")
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
@@ -38,14 +39,14 @@ class ScriptedEngine:
     async def stop(self) -> Memory:
         await self.may_stop.wait()
         self.stops += 1
-        return Memory(pss_bytes=1000, verified=True)
+        return Memory(pss_bytes=self.held, verified=True)
 
     async def wait_exit(self) -> EngineExit:
         await self.ended.wait()
         return EngineExit("The engine was killed by signal 9.", -9)
 
     async def memory(self) -> Memory:
-        return Memory(pss_bytes=1000)
+        return Memory(pss_bytes=self.held)
 
 
 class ScriptedEngineType:
@@ -58,6 +59,7 @@ class ScriptedEngineType:
     def __init__(self, base_url: str = "http://127.0.0.1:9/v1", *, ready: bool = False) -> None:
         self.base_url = base_url
         self.ready = ready
+        self.held: int | None = None
         self.failure: LLMKitError | None = None
         self.engines: list[ScriptedEngine] = []
         self.why_unavailable: LLMKitError | None = None
@@ -79,7 +81,8 @@ class ScriptedEngineType:
         return MemoryEstimate(device="cpu", total_bytes=int(size)) if isinstance(size, int) else None
 
     def create(self, configuration: Configuration, context: EngineContext) -> ScriptedEngine:
-        engine = ScriptedEngine(self.base_url)
+        size = configuration.model_kwargs.get("size", 1000)
+        engine = ScriptedEngine(self.base_url, self.held if self.held is not None else int(str(size)))
         if self.failure is not None:
             engine.failure = self.failure
             engine.ready.set()

@@ -7,5 +7,17 @@ from llmkit.client.discovery import connect
 from llmkit.client.events import Watcher
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType
 from llmkit.client.streaming import AnswerStream
+from llmkit.client.transfer import ImportedList
 
-__all__ = ["Answer", "AnswerStream", "Client", "Configuration", "Model", "ModelList", "ModelType", "Watcher", "connect"]
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "Client",
+    "Configuration",
+    "ImportedList",
+    "Model",
+    "ModelList",
+    "ModelType",
+    "Watcher",
+    "connect",
+]

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
 
+from llmkit.client import transfer
 from llmkit.client.connection import Connection
 from llmkit.client.loading import follow
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
-from llmkit.client.streaming import AnswerStream
+from llmkit.client.streaming import AnswerStream, read_events
+from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
 from llmkit.schemas import OPTIONAL_FIELDS, Devices, Health, LoadPlan, LogTail, Memory, Snapshot
 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""
 UNLOAD_SECONDS = 60.0
+LOG_SILENCE_SECONDS = 60.0
+"""The server says at least that it is there more often than that."""
 
 
 class Client:
@@ -165,6 +171,39 @@ class Client:
         params = {"unload": "true"} if unload else None
         self.connection.call("DELETE", _path("llm/configuration", config_id), params=params, seconds=UNLOAD_SECONDS)
 
+    def export_configurations(self, path: str | os.PathLike[str]) -> list[str]:
+        """Write every configuration to a JSON file, without keys; names of variables (``env:NAME``) stay.
+
+        Returns
+        -------
+        list of str
+            The ``model_id`` of each configuration whose key was left out.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written; one that was there stays.
+        """
+        return transfer.export_configurations(self, Path(path))
+
+    def import_configurations(self, path: str | os.PathLike[str], *, replace: bool = False) -> ImportedList:
+        """Send the configurations of a file to the server, and say what became of each.
+
+        Parameters
+        ----------
+        path
+            A file of `export_configurations`.
+        replace
+            Put those of the file in the place of different ones of the same ``model_id``; a key that the server
+            has stays, for the same address.
+
+        Raises
+        ------
+        OSError, DoesNotFit
+            If the file cannot be read, or has a mistake; nothing was changed then.
+        """
+        return transfer.import_configurations(self, Path(path), replace=replace)
+
     def model_types(self) -> list[ModelType]:
         """Give every model type of the server, with the schemas of its arguments."""
         told = self.connection.call("GET", "llm/model_types/")
@@ -202,6 +241,22 @@ class Client:
         """Give the last lines of an engine's log; none for a model that runs elsewhere."""
         told = self.connection.call("GET", _path("llm/models", model_id) + "/logs", params={"tail": tail})
         return LogTail.model_validate(told).lines
+
+    def follow_logs(self, model_id: str, tail: int = 200) -> Generator[str]:
+        """Give the last lines of an engine's log, then each new one, until the model is deleted or you stop.
+
+        Parameters
+        ----------
+        model_id
+            The model; it need not be loaded yet.
+        tail
+            With how many lines to begin.
+        """
+        path = _path("llm/models", model_id) + "/logs"
+        params = {"tail": tail, "follow": "true"}
+        with self.connection.stream("GET", path, params=params, seconds=LOG_SILENCE_SECONDS) as response:
+            for event in read_events(response):
+                yield event["line"]
 
     def start_loading(self, model_id: str, *, force: bool = False) -> Model:
         """Start to load a model, and return at once; ``force`` is that of `load`."""
@@ -290,7 +345,7 @@ class Client:
 
     def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
         """Send a prompt whose answer is streamed; for `AnswerStream`."""
-        return self.connection.stream("llm/inference/", body, seconds=ANSWER_SECONDS)
+        return self.connection.stream("POST", "llm/inference/", json=body, seconds=ANSWER_SECONDS)
 
 
 def _path(resource: str, name: str) -> str:

@@ -165,7 +165,15 @@ class Connection:
         return self._json(response)
 
     @contextmanager
-    def stream(self, path: str, json: Any, *, seconds: float) -> Iterator[httpx.Response]:
+    def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        seconds: float,
+    ) -> Iterator[httpx.Response]:
         """Send a request and give the answer while it comes; leaving ends it on the server too.
 
         Raises
@@ -175,7 +183,7 @@ class Connection:
         """
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         try:
-            with self._http.stream("POST", path, json=json, timeout=timeout) as response:
+            with self._http.stream(method, path, json=json, params=params, timeout=timeout) as response:
                 if not response.is_success:
                     response.read()
                     raise self.error_of(response)

@@ -89,17 +89,21 @@ class AnswerStream(Iterator[str]):
         self.close()
 
 
+def read_events(response: httpx.Response) -> Iterator[Any]:
+    """Give the JSON value of each server-sent event; None for ``[DONE]``."""
+    for line in response.iter_lines():
+        if line.startswith("data:"):  # not heartbeats, nor the blank lines between events
+            data = line.removeprefix("data:").strip()
+            yield None if data == "[DONE]" else json.loads(data)
+
+
 def _frames(opener: Opener, body: dict[str, Any]) -> Generator[dict[str, Any]]:
     complete = False
     with opener.open_stream(body) as response:
-        for line in response.iter_lines():
-            if not line.startswith("data:"):
-                continue  # heartbeats, and the blank lines between frames
-            data = line.removeprefix("data:").strip()
-            if data == "[DONE]":
+        for frame in read_events(response):
+            if frame is None:
                 complete = True  # the rest is read, so that the connection can be used again
                 continue
-            frame = json.loads(data)
             if "error" in frame:
                 raise from_wire(0, frame)
             yield frame
