@@ -276,6 +276,8 @@ class MemoryEstimate(Wire):
     """On all devices together."""
     measured: bool = False
     """Whether `total_bytes` is what an earlier load of the same configuration held."""
+    elastic: bool = False
+    """Whether the engine takes as much as it finds free; `total_bytes` is then the least that makes sense."""
     reason: str | None = None
 
 

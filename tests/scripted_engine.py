@@ -27,6 +27,7 @@ class ScriptedEngine:
         self.may_stop = asyncio.Event()
         self.may_stop.set()
         self.failure: Exception | None = None
+        self.watch_error: Exception | None = None
         self.stops = 0
 
     async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
@@ -43,6 +44,8 @@ class ScriptedEngine:
 
     async def wait_exit(self) -> EngineExit:
         await self.ended.wait()
+        if self.watch_error is not None:
+            raise self.watch_error
         return EngineExit("The engine was killed by signal 9.", -9)
 
     async def memory(self) -> Memory:

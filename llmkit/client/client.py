@@ -260,14 +260,17 @@ class Client:
 
     def start_loading(self, model_id: str, *, force: bool = False) -> Model:
         """Start to load a model, and return at once; ``force`` is that of `load`."""
-        path = _path("llm/load_model", self.model(model_id).config_id)
+        return self._start_loading(self.model(model_id), force=force)
+
+    def _start_loading(self, model: Model, *, force: bool) -> Model:
+        path = _path("llm/load_model", model.config_id)
         params = {"wait": "false", **({"force": "true"} if force else {})}
         return Model.model_validate(self.connection.call("POST", path, params=params))
 
     def load(self, model_id: str, *, progress: bool = True, force: bool = False) -> Model:
         """Load a model, and return when it is loaded.
 
-        Interrupting cancels the load.
+        Interrupting cancels a load that this call has started; one of somebody else goes on.
 
         Parameters
         ----------
@@ -283,13 +286,15 @@ class Client:
         LoadFailed, NoRoom, EngineNotInstalled, LoadCancelled
             Or another error that says why it could not be loaded; the engine's last words are its note.
         """
-        model = self.start_loading(model_id, force=force)
+        before = self.model(model_id)
+        model = self._start_loading(before, force=force)
         if model.status == "loaded":
             return model
         try:
             return follow(self, model_id, progress=progress)
         except KeyboardInterrupt:
-            self.unload(model_id)
+            if before.status != "loading" and self.model(model_id).status == "loading":
+                self.unload(model_id)
             raise
 
     def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:

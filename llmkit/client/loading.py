@@ -29,7 +29,7 @@ PHASES = {
 
 
 def follow(client: Client, model_id: str, *, progress: bool) -> Model:
-    """Return when the model is loaded.
+    """Return when a model is loaded whose load was started.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def follow(client: Client, model_id: str, *, progress: bool) -> Model:
         Why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
     """
     with _Bar(model_id, visible=progress) as bar:
-        pause, silent_since, seen_loading = _FIRST_PAUSE, 0.0, False
+        pause, silent_since = _FIRST_PAUSE, 0.0
         while True:
             try:
                 model = client.model(model_id)
@@ -53,8 +53,7 @@ def follow(client: Client, model_id: str, *, progress: bool) -> Model:
                     return model
                 if model.status == "failed":
                     raise load_error(model)
-                seen_loading |= model.status == "loading"
-                if model.status == "unloaded" and seen_loading:
+                if model.status == "unloaded":
                     raise LoadCancelled(f"The load of `{model_id}` was cancelled.", hint="Somebody unloaded it.")
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from llmkit.errors import LLMKitError, QueueFull
 
@@ -26,25 +26,40 @@ class Admission:
         self.max_in_flight = max_in_flight
         self.max_queued = max_queued
         self.in_flight = 0
+        self._before = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
     def queued(self) -> int:
         """Requests waiting now."""
-        return len(self._waiting)
+        return self._before + len(self._waiting)
 
     @contextlib.asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, first: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[None]:
         """Hold one of the running places, after waiting for it.
+
+        Parameters
+        ----------
+        first
+            Something to wait for before, such as a load; who waits for that counts as waiting.
 
         Raises
         ------
         QueueFull
             If too many wait already.
         """
+        if first is not None:
+            self._check_room(self.max_in_flight - self.in_flight)
+            self._before += 1
+            try:
+                await first()
+            finally:
+                self._before -= 1
         if self.in_flight < self.max_in_flight and not self._waiting:
             self.in_flight += 1
         else:
+            if first is None:
+                self._check_room(0)
             await self._wait()
         try:
             yield
@@ -52,13 +67,15 @@ class Admission:
             self.in_flight -= 1
             self._wake()
 
-    async def _wait(self) -> None:
-        if self.queued >= self.max_queued:
+    def _check_room(self, places: int) -> None:
+        if self.queued >= self.max_queued + max(places, 0):
             raise QueueFull(
                 f"{self.queued} requests wait for `{self.model_id}` already; it takes no more.",
                 hint="Send it again a little later.",
                 details={"limit": self.max_queued, "queued": self.queued, "in_flight": self.in_flight},
             )
+
+    async def _wait(self) -> None:
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
         try:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +16,8 @@ import psutil
 from llmkit import schemas
 from llmkit.schemas import CPUDevice, GPUDevice, RAMDevice
 
-_NO_LIMIT: Final = 1 << 60
-"""Bytes; a cgroup of version 1 without a limit says a number near the largest there is."""
+_MEMORY_FILES: Final = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and usage of a control group, of version 2 and of version 1."""
 _GIB: Final = 1 << 30
 
 
@@ -40,40 +40,47 @@ class Devices:
         self._nvml = nvml
         self._lock = threading.Lock()
         self._started = False
-        self._reason: str | None = None
 
     def read(self) -> schemas.Devices:
-        """Give every device, without the shares of models."""
-        gpus = [self._gpu(index, handle) for index, handle in self._handles()]
-        return schemas.Devices(cpu=self._cpu(), ram=self._ram(), gpus=gpus, reason=None if gpus else self._reason)
+        """Give every device, without the shares of models; a GPU that does not tell its memory is left out."""
+        ram = self._ram()
+        handles, reason = self._look()
+        gpus = []
+        for index, handle in handles:
+            try:
+                gpus.append(self._gpu(index, handle, ram))
+            except Exception as error:  # noqa: BLE001  # NVML's errors have no common base that is always there
+                reason = f"GPU {index} does not tell its memory: {error}"
+        return schemas.Devices(cpu=self._cpu(), ram=ram, gpus=gpus, reason=None if gpus else reason)
 
     # -- processor and main memory -------------------------------------------------------------------------
 
     def _cpu(self) -> CPUDevice:
         name = None
         with contextlib.suppress(OSError):
-            found = re.search(r"^model name\s*:\s*(.+)$", (self._proc / "cpuinfo").read_text(), re.MULTILINE)
+            text = (self._proc / "cpuinfo").read_text(errors="replace")
+            found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
             name = found[1] if found else None
         allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else psutil.cpu_count() or 1
         quota = min((q for folder in self._folders("cpu") if (q := _cpu_quota(folder))), default=None)
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        load = None
+        with contextlib.suppress(OSError, AttributeError):  # Windows has none, some containers do not tell it
+            load = os.getloadavg()[0]
         return CPUDevice(name=name, cores=min(float(allowed), quota or float(allowed)), load=load)
 
     def _ram(self) -> RAMDevice:
         machine = psutil.virtual_memory()
-        total, free, limited_by = machine.total, machine.available, "machine"
+        total, free = machine.total, machine.available
         for folder in self._folders("memory"):
             limit, usage, cached = _memory_limit(folder)
-            if limit is None or usage is None:
-                continue
-            if limit < total:
-                total, limited_by = limit, "cgroup"
-            free = min(free, max(0, limit - usage + cached))
+            if limit is not None:
+                total = min(total, limit)
+                free = min(free, max(0, limit - usage + cached))
         return RAMDevice(
             total_bytes=total,
-            used_bytes=max(0, total - free),
+            used_bytes=total - free,
             free_bytes=free,
-            limited_by="cgroup" if limited_by == "cgroup" else "machine",
+            limited_by="cgroup" if total < machine.total else "machine",
         )
 
     def free_ram(self) -> int:
@@ -91,12 +98,13 @@ class Devices:
             names, _, path = rest.partition(":")
             if names and controller not in names.split(","):
                 continue
-            mount = self._cgroup / controller if names else self._cgroup
-            if not mount.is_dir():
+            # Controllers that are mounted together have a folder with all their names, and mostly links with each.
+            mounts = [self._cgroup / controller, self._cgroup / names] if names else [self._cgroup]
+            mount = next((one for one in mounts if one.is_dir()), None)
+            if mount is None:
                 continue
+            # In a container the path is the host's, and leads nowhere; what is mounted is then our own group.
             folder = mount / path.lstrip("/")
-            # In a container the path is the host's; what is mounted is then our own group.
-            folder = folder if folder.is_dir() else mount
             while True:
                 yield folder
                 if folder == mount:
@@ -105,90 +113,107 @@ class Devices:
 
     # -- GPUs ----------------------------------------------------------------------------------------------
 
-    def _start(self) -> Any | None:
+    def _start(self) -> Any:
+        """Give NVML, ready for questions; what it raises says why there is none."""
         with self._lock:
-            if not self._started:
-                self._started = True
-                try:
-                    if self._nvml is None:
-                        import pynvml  # only where somebody asks
+            if self._nvml is None:
+                import pynvml  # only where somebody asks
 
-                        self._nvml = pynvml
-                    self._nvml.nvmlInit()
-                except ImportError:
-                    self._nvml, self._reason = None, "nvidia-ml-py is not installed"
-                except Exception as error:  # noqa: BLE001  # NVML's errors have no common base that is always there
-                    self._nvml, self._reason = None, f"there is no NVIDIA GPU, or no driver: {error}"
+                self._nvml = pynvml
+            if not self._started:
+                self._nvml.nvmlInit()
+                self._started = True
             return self._nvml
 
-    def _handles(self) -> list[tuple[int, Any]]:
-        """Give index and handle of every GPU that this server may use."""
-        nvml = self._start()
-        if nvml is None:
-            return []
-        found = []
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        wanted = None if visible is None else [one.strip() for one in visible.split(",") if one.strip()]
-        for index in range(_ask(nvml.nvmlDeviceGetCount) or 0):
-            handle = _ask(nvml.nvmlDeviceGetHandleByIndex, index)
-            if handle is None:
-                continue
-            uuid = _text(_ask(nvml.nvmlDeviceGetUUID, handle))
-            # UUIDs may be cut short there.
-            named = wanted is not None and any(one.startswith("GPU-") and uuid.startswith(one) for one in wanted)
-            if wanted is None or str(index) in wanted or named:
-                found.append((index, handle))
-        if not found:
-            self._reason = "no NVIDIA GPU may be used here"
-        return found
+    def _look(self) -> tuple[list[tuple[int, Any]], str | None]:
+        """Give index and handle of every GPU that this server may use, or why there is none.
 
-    def _gpu(self, index: int, handle: Any) -> GPUDevice:
+        The next call tries anew whatever failed: a driver can come late, or be exchanged.
+        """
+        try:
+            nvml = self._start()
+        except ImportError:
+            return [], "nvidia-ml-py is not installed"
+        except Exception as error:  # noqa: BLE001  # as above
+            return [], f"there is no NVIDIA GPU, or no driver: {error}"
+        try:
+            count = nvml.nvmlDeviceGetCount()
+        except Exception as error:  # noqa: BLE001  # as above
+            self._started = False
+            return [], f"the NVIDIA driver does not answer: {error}"
+        handles = {index: _ask(nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count)}
+        known = {index: handle for index, handle in handles.items() if handle is not None}
+        if not known:
+            return [], "no NVIDIA GPU answers" if count else "there is no NVIDIA GPU"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            return list(known.items()), None
+        uuids = {index: _text(_ask(nvml.nvmlDeviceGetUUID, handle)) for index, handle in known.items()}
+        allowed = _visible(visible, uuids)
+        if not allowed:
+            slices = "; models are not placed on slices of a GPU (MIG)" if "MIG-" in visible else ""
+            return [], f"CUDA_VISIBLE_DEVICES of this server is {visible!r}, which is no GPU{slices}"
+        return [(index, handle) for index, handle in known.items() if index in allowed], None
+
+    def _gpu(self, index: int, handle: Any, ram: RAMDevice) -> GPUDevice:
         nvml: Any = self._nvml
-        memory = _ask(nvml.nvmlDeviceGetMemoryInfo, handle)
+        try:
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            total, used, free = int(memory.total), int(memory.used), int(memory.free)
+        except nvml.NVMLError_NotSupported:
+            # A GPU without memory of its own, as that of a DGX Spark: it works in main memory.
+            total, used, free = ram.total_bytes, ram.used_bytes, ram.free_bytes
         rates = _ask(nvml.nvmlDeviceGetUtilizationRates, handle)
         return GPUDevice(
             index=index,
             uuid=_text(_ask(nvml.nvmlDeviceGetUUID, handle)),
             name=_text(_ask(nvml.nvmlDeviceGetName, handle)),
-            total_bytes=int(memory.total) if memory else 0,
-            used_bytes=int(memory.used) if memory else 0,
-            free_bytes=int(memory.free) if memory else 0,
+            total_bytes=total,
+            used_bytes=used,
+            free_bytes=free,
             utilization=rates.gpu / 100 if rates else None,
         )
 
-    def _processes(self, handle: Any) -> list[tuple[int, int | None]]:
-        assert self._nvml is not None  # noqa: S101  # there is a handle
-        running = _ask(self._nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-        return [(int(one.pid), one.usedGpuMemory) for one in running]
+    def _processes(self, handle: Any) -> list[tuple[int, int | None]] | None:
+        """Give processes and the bytes that each holds; None if the driver does not say."""
+        nvml: Any = self._nvml
+        running = _ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
+        return None if running is None else [(int(one.pid), one.usedGpuMemory) for one in running]
 
     def gpus_of(self, pids: Collection[int]) -> dict[int, int] | None:
         """Give the bytes that some processes hold of each GPU; None if the driver does not say.
 
-        In a container the driver may know the processes by other numbers; then it is none of these.
+        In a container the driver may know the processes by the host's numbers, which say nothing here. Some drivers
+        list none at all there; that cannot be told from processes that hold nothing.
         """
         held: dict[int, int] = {}
-        handles = self._handles()
+        strangers = False
+        handles, _ = self._look()
         for index, handle in handles:
-            for pid, used in self._processes(handle):
+            running = self._processes(handle)
+            if running is None:
+                return None
+            for pid, used in running:
                 if pid in pids:
                     if used is None:
                         return None
                     held[index] = held.get(index, 0) + int(used)
-        return held if handles else None
+                else:
+                    strangers = strangers or not psutil.pid_exists(pid)
+        return held if handles and (held or not strangers) else None
 
     def holders(self, index: int) -> list[str]:
-        """Say who holds memory of a GPU, as far as that can be known."""
+        """Say who holds memory of a GPU, as far as that can be known; who holds most comes first."""
+        handles = dict(self._look()[0])
+        running = (self._processes(handles[index]) if index in handles else None) or []
         words = []
-        for found, handle in self._handles():
-            if found != index:
-                continue
-            for pid, used in self._processes(handle):
-                try:
-                    name = psutil.Process(pid).name()
-                except psutil.Error:
-                    name = "a process"
-                size = f": {used / _GIB:.1f} GiB" if used else ""
-                words.append(f"{name} (pid {pid}){size}")
+        for pid, used in sorted(running, key=lambda one: one[1] or 0, reverse=True):
+            try:
+                name = psutil.Process(pid).name()
+            except psutil.Error:
+                name = "a process"
+            size = f": {used / _GIB:.1f} GiB" if used else ""
+            words.append(f"{name} (pid {pid}){size}")
         return words
 
 
@@ -204,33 +229,51 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
 
 
+def _visible(variable: str, uuids: Mapping[int, str]) -> set[int]:
+    """Give the indices of GPUs that ``CUDA_VISIBLE_DEVICES`` names, read as CUDA does: up to what is no GPU.
+
+    An index counts as in ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, which is NVML's order and that of the engines. A UUID may be
+    cut short as long as it is clear.
+    """
+    found: set[int] = set()
+    for word in map(str.strip, variable.split(",")):
+        if word.startswith("GPU-"):
+            named = [index for index, uuid in uuids.items() if uuid.startswith(word)]
+        else:
+            named = [index for index in uuids if word.isdecimal() and index == int(word)]
+        if len(named) != 1:
+            break
+        found.update(named)
+    return found
+
+
 def _number(path: Path) -> int | None:
     try:
-        text = path.read_text().strip()
-    except OSError:
+        return int(path.read_text())
+    except (OSError, ValueError):
         return None
-    return int(text) if text.lstrip("-").isdecimal() else None
 
 
-def _memory_limit(folder: Path) -> tuple[int | None, int | None, int]:
-    """Give limit, usage, and the part of the usage that merely caches files, of one control group."""
-    limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-    if limit is None or limit >= _NO_LIMIT:
-        return None, None, 0
-    usage = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
+def _memory_limit(folder: Path) -> tuple[int | None, int, int]:
+    """Give limit, usage, and the part of the usage that merely caches files, of one control group, in bytes."""
+    names = next((names for names in _MEMORY_FILES if (folder / names[0]).exists()), None)
+    limit = _number(folder / names[0]) if names else None
+    if names is None or limit is None:
+        return None, 0, 0
+    usage = _number(folder / names[1]) or 0
     cached = 0
     with contextlib.suppress(OSError):
         text = (folder / "memory.stat").read_text()
         found = re.search(r"^total_inactive_file (\d+)$", text, re.MULTILINE) or re.search(
             r"^inactive_file (\d+)$", text, re.MULTILINE
         )
-        cached = int(found[1]) if found else 0
+        cached = min(int(found[1]), usage) if found else 0  # the two are not read at the same moment
     return limit, usage, cached
 
 
 def _cpu_quota(folder: Path) -> float | None:
     """Give the cores that a control group allows, or None for all."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
     quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")

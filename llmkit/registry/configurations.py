@@ -14,7 +14,16 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 from pydantic import ValidationError
 
 from llmkit.engines.base import EngineType, SortedKwargs, does_not_fit, sort_kwargs, validation_details
-from llmkit.errors import ConfigurationExists, EngineNotInstalled, KeyMissing, KeyNotAllowed, LLMKitError
+from llmkit.errors import (
+    ConfigurationExists,
+    ConfigurationNotFound,
+    EngineNotInstalled,
+    KeyMissing,
+    KeyNotAllowed,
+    LLMKitError,
+    ModelLiveElsewhere,
+)
+from llmkit.registry.database import explain
 from llmkit.registry.presence import Presence
 from llmkit.registry.secrets import (
     ARGUMENT,
@@ -60,6 +69,12 @@ class Configurations:
         self._data_version: int | None = None
 
     async def _io(self, function: Callable[..., T], *args: Any) -> T:
+        try:
+            return await self._on_disk(function, *args)
+        except OSError as error:  # of a secret file; the store has explained its own
+            raise explain(error, self._state_dir) from error
+
+    async def _on_disk(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
 
     @property
@@ -80,15 +95,17 @@ class Configurations:
         LLMKitError, OSError
             If it cannot be used.
         """
-        return await self._io(self._open)
+        return await self._on_disk(self._open)
 
     def _open(self) -> list[Configuration]:
         self._store = Store(self._state_dir)
         self._presence = Presence(self._state_dir)
-        self._store.register(self._presence.server_id, self._url)
+        self._store.register(self._presence.server_id, self._url, self._presence.alive)
         self._files = SecretFiles(self._state_dir)
         self._data_version = self._store.data_version()
-        self._files.delete_orphans(self._store.config_ids())
+        if not self._store.has_lost:
+            readable = {configuration.config_id: configuration for configuration in self._store.all()}
+            self._files.delete_orphans(dict.fromkeys(self._store.config_ids()) | readable)
         return self._store.all()
 
     async def close(self) -> None:
@@ -120,11 +137,16 @@ class Configurations:
             store, _ = self._opened
             await self._io(store.claim, configuration.config_id, self._here.server_id)
 
-    async def release(self, configuration: Configuration) -> None:
+    async def release(self, config_id: str) -> None:
         """Take a claim back."""
-        if not configuration.declared:
-            store, _ = self._opened
-            await self._io(store.release, configuration.config_id, self._here.server_id)
+        store, _ = self._opened
+        await self._io(store.release, config_id, self._here.server_id)
+
+    async def owners(self) -> dict[str, str]:
+        """Give the address of each other server that lives and has a model, by ``config_id``."""
+        store, _ = self._opened
+        presence = self._here
+        return await self._io(store.owners, presence.server_id, presence.alive)
 
     async def add_load(
         self, config_id: str, engine_hash: str, started_at: float, seconds: float, body: dict[str, Any]
@@ -236,12 +258,12 @@ class Configurations:
         store, files = self._opened
 
         def write() -> None:
-            if secret is not None:
-                files.write(configuration.config_id, secret)
             try:
+                if secret is not None:
+                    files.write(configuration.config_id, secret)
                 store.insert(configuration)
-            except BaseException:
-                files.delete(configuration.config_id)
+            except ConfigurationExists:  # after a failure of the disk nobody knows; the next start cleans up
+                files.delete(configuration.config_id, secret)
                 raise
 
         await self._io(write)
@@ -251,8 +273,8 @@ class Configurations:
         """Check a replacement of a stored configuration; `replace` then writes it."""
         return self._part(request, stored.config_id, await self.secret(stored))
 
-    async def replace(self, configuration: Configuration, secret: Secret | None) -> None:
-        """Store a replacement and its key.
+    async def replace(self, configuration: Configuration, secret: Secret | None, stored: Configuration) -> None:
+        """Store a replacement of what is stored, and its key.
 
         Raises
         ------
@@ -264,30 +286,29 @@ class Configurations:
 
         def write() -> None:
             # A key is written before what refers to it, and deleted after.
-            kept = files.read(configuration.config_id)
-            if secret is not None:
-                files.write(configuration.config_id, secret)
+            kept = files.read(stored)
+            new = secret if secret != kept else None
             try:
+                if new is not None:
+                    files.write(configuration.config_id, new)
                 store.replace(configuration, server_id=presence.server_id, alive=presence.alive)
-            except BaseException:
-                if kept is None:
-                    files.delete(configuration.config_id)
-                else:
-                    files.write(configuration.config_id, kept)
+            except (ConfigurationNotFound, ModelLiveElsewhere):  # as above
+                files.delete(configuration.config_id, new)
                 raise
-            if secret is None:
-                files.delete(configuration.config_id)
+            if secret != kept:
+                files.delete(configuration.config_id, kept)
 
         await self._io(write)
 
-    async def delete(self, config_id: str) -> None:
+    async def delete(self, stored: Configuration) -> None:
         """Delete a configuration and its key, or raise `ModelLiveElsewhere`."""
         store, files = self._opened
         presence = self._here
 
         def write() -> None:
-            store.delete(config_id, server_id=presence.server_id, alive=presence.alive)
-            files.delete(config_id)
+            kept = files.read(stored)
+            store.delete(stored.config_id, server_id=presence.server_id, alive=presence.alive)
+            files.delete(stored.config_id, kept)
 
         await self._io(write)
 
@@ -296,7 +317,7 @@ class Configurations:
     async def secret(self, configuration: Configuration) -> Secret | None:
         """Read the raw key of a configuration, if it has one."""
         _, files = self._opened
-        return await self._io(files.read, configuration.config_id)
+        return await self._io(files.read, configuration)
 
     async def api_key(self, configuration: Configuration) -> str | None:
         """Give the key that the engine sends, or None to call without one.

@@ -17,7 +17,7 @@ class LoadClock:
         self.earlier: LoadRecord | None = None
         self.fraction: float | None = 0.0
         self.download: Download | None = None
-        self._started = time.monotonic()
+        self._asked = self._started = time.monotonic()
         self._steps: dict[str, float] = {}
         self._step: str | None = None
         self._downloading_since: float | None = None
@@ -26,7 +26,11 @@ class LoadClock:
     @property
     def elapsed(self) -> float:
         """Seconds since the load was asked for."""
-        return time.monotonic() - self._started
+        return time.monotonic() - self._asked
+
+    def begin(self) -> None:
+        """Note that the engine starts now: the wait for room was no part of the work."""
+        self._started = time.monotonic()
 
     @property
     def eta(self) -> float | None:
@@ -37,7 +41,7 @@ class LoadClock:
 
     def _working_seconds(self) -> float:
         under_way = time.monotonic() - self._downloading_since if self._downloading_since else 0.0
-        return self.elapsed - self._download_seconds - under_way
+        return time.monotonic() - self._started - self._download_seconds - under_way
 
     def take(self, progress: LoadProgress) -> None:
         """Take what the engine says."""
@@ -60,7 +64,9 @@ class LoadClock:
         """Move on with the clock; never back."""
         eta = self.eta if self.earlier is not None else None
         if eta is not None:
-            self.fraction = round(max(self.fraction or 0.0, policies.fraction_done(self.elapsed, eta)), 3)
+            self.fraction = round(
+                max(self.fraction or 0.0, policies.fraction_done(time.monotonic() - self._started, eta)), 3
+            )
 
     def record(self, memory: Memory) -> LoadRecord:
         """Give what the next load can learn of this one."""

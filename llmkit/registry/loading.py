@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -21,13 +23,15 @@ from llmkit.registry.configurations import Configurations
 from llmkit.registry.model import Model
 from llmkit.registry.policies import Candidate, LoadRecord, Room, make_room
 from llmkit.registry.secrets import ARGUMENT
-from llmkit.schemas import Configuration, LoadPlan, MemoryEstimate
+from llmkit.schemas import Configuration, LoadPlan, Memory, MemoryEstimate
 
 _GIB: Final = 1 << 30
 _GPU_MARGIN: Final = 512 << 20
 """What the driver and others take while an engine starts."""
 _ROUNDS: Final = 4
 """So often is room looked for: what is being unloaded by others may be the room."""
+_RAM: Final = -1
+"""Main memory among the devices; GPUs have their indices."""
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Loader:
         self._log = logger
         self._loads: dict[str, _Load] = {}
         self._local: set[str] = set()
+        self._unreleased: set[str] = set()
 
     def log_file(self, configuration: Configuration) -> Path:
         """Give where the engine writes its log."""
@@ -91,9 +96,11 @@ class Loader:
         unavailable = engine_type.unavailable()
         if unavailable is not None:
             raise unavailable
+        self._unreleased.discard(configuration.config_id)
         await self._claim(configuration)
         estimate = await self._estimate(configuration)
         load = None
+        self._local.discard(configuration.config_id)
         if estimate is not None:
             load = await self._let_in(configuration, estimate, force=force)
         gpus = tuple(load.reservation.gpus) if load and load.reservation else ()
@@ -106,7 +113,7 @@ class Loader:
             stall_seconds=self._stall_seconds,
             devices=self.devices,
             gpus=gpus,
-            gpu_memory_utilization=await self._free_share(gpus),
+            gpu_memory_utilization=await self._free_share(load.reservation) if load and load.reservation else None,
         )
         engine = engine_type.create(configuration, context)
         if load is not None:
@@ -128,17 +135,29 @@ class Loader:
         load = self._loads.pop(config_id, None)
         if load is not None and load.reservation is not None:
             load.reservation.release()
-        if not model.live:
-            self._local.discard(config_id)
 
     async def release(self, model: Model) -> None:
         """Let the other servers change the configuration again, unless it is loaded once more."""
-        if not model.live:
-            await self._stored.release(model.configuration)
+        config_id = model.configuration.config_id
+        if model.live or model.configuration.declared:
+            return
+        self._unreleased.add(config_id)
+        await self._stored.release(config_id)
+        self._unreleased.discard(config_id)
+
+    async def release_again(self) -> None:
+        """Try once more what could not be released."""
+        for model in self._models():
+            if model.configuration.config_id in self._unreleased:
+                await self.release(model)
+        self._unreleased &= {model.configuration.config_id for model in self._models()}
 
     async def plan(self, model: Model) -> LoadPlan:
         """Say what a load would take, and from whom; nothing is changed."""
         configuration = model.configuration
+        unavailable = self._stored.engine_type(configuration).unavailable()
+        if unavailable is not None:
+            raise unavailable
         estimate = await self._estimate(configuration)
         head = {"model_id": configuration.model_id, "config_id": configuration.config_id}
         if estimate is None:
@@ -147,15 +166,15 @@ class Loader:
             return LoadPlan(**head, estimate=estimate, fits=True, reason="it is loaded")
         free = await self._free(estimate)
         candidates = self._candidates(configuration, estimate)
-        room = make_room(estimate.total_bytes, free, candidates, surplus=self._surplus(configuration))
-        evictable = sum(c.held_bytes or 0 for c in candidates if not c.busy)
+        room = self._room(estimate, free, candidates, configuration)
+        evictable = sum(sum(c.held.values()) for c in candidates if not c.busy)
         reason = estimate.reason
         if room.fits is False:
             reason = self._no_room(configuration, estimate, free).message
         return LoadPlan(
             **head,
             estimate=estimate,
-            free_bytes=free,
+            free_bytes=_usable(free, estimate),
             evict=room.evict,
             evictable_bytes=evictable,
             fits=room.fits,
@@ -167,60 +186,87 @@ class Loader:
     async def _estimate(self, configuration: Configuration) -> MemoryEstimate | None:
         """Give what a load takes: what the last one like it held, or what its files say."""
         engine_type = self._stored.engine_type(configuration)
-        estimate = await asyncio.to_thread(engine_type.estimate, configuration)
-        if estimate is None:
+        try:
+            estimate = await asyncio.to_thread(engine_type.estimate, configuration)
+        except Exception:  # noqa: BLE001  # an estimate is not worth a load
+            self._log.exception("What %s takes could not be estimated.", configuration.model_id)
             return None
+        if estimate is None or estimate.elastic:
+            return estimate
         earlier = await self.last_load(configuration)
         held = (earlier.gpu_bytes if estimate.device == "gpu" else earlier.pss_bytes) if earlier else None
         return estimate.model_copy(update={"total_bytes": held, "measured": True}) if held else estimate
 
     async def _let_in(self, configuration: Configuration, estimate: MemoryEstimate, *, force: bool) -> _Load:
         """Return when there is room, after unloading what has to go for it."""
-        free: int | None = None
+        free: dict[int, int] | None = None
         for _ in range(_ROUNDS):
             free = await self._free(estimate)
             candidates = self._candidates(configuration, estimate)
-            surplus = self._surplus(configuration)
-            room = make_room(estimate.total_bytes, free, candidates, surplus=surplus, force=force)
+            room = self._room(estimate, free, candidates, configuration, force=force)
             if room.fits is not False:
                 # Before anything else can happen: the next load that asks must know of this one.
                 load = self._loads[configuration.config_id] = _Load(estimate)
                 self._local.add(configuration.config_id)
-                await self._evict(room, configuration)
-                if estimate.device == "gpu":
-                    each = (estimate.total_bytes or 0) // max(estimate.device_count, 1)
-                    load.reservation = await asyncio.to_thread(
-                        self.placement.reserve, estimate.device_count, 0 if force else each
-                    )
+                evicted = self._evict(room, configuration)
+                if evicted:
+                    await asyncio.wait(evicted)
+                if estimate.device == "gpu" and free is not None:
+                    load.reservation = await self._reserve(estimate, force=force)
                 return load
-            leaving = [model for model in self._models() if model.status == "unloading"]
+            leaving = [model for model in self._models() if model.leaving]
             if not leaving:
                 break
-            # Joins their unloads; requests that they still wait for are not hurried.
-            await asyncio.wait([asyncio.create_task(model.gone()) for model in leaving])
+            await asyncio.gather(*(model.gone() for model in leaving))
         raise self._no_room(configuration, estimate, free)
 
-    async def _free(self, estimate: MemoryEstimate) -> int | None:
-        """Measure what is free where the model would go, without what other loads are about to take."""
+    def _room(
+        self,
+        estimate: MemoryEstimate,
+        free: dict[int, int] | None,
+        candidates: list[Candidate],
+        configuration: Configuration,
+        *,
+        force: bool = False,
+    ) -> Room:
+        count = estimate.device_count
+        each = None if estimate.total_bytes is None else estimate.total_bytes // max(count, 1)
+        return make_room(each, free, candidates, count=count, surplus=self._surplus(configuration), force=force)
+
+    async def _reserve(self, estimate: MemoryEstimate, *, force: bool) -> Reservation:
+        """Set GPUs aside; one whose engine takes what there is gets all that is free."""
+        each = 0 if force or estimate.total_bytes is None else estimate.total_bytes // estimate.device_count
+        reserve = partial(self.placement.reserve, estimate.device_count, each, all_free=estimate.elastic or not each)
+        reserving = asyncio.ensure_future(asyncio.to_thread(reserve))
+        try:
+            return await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            # The thread goes on; nobody waits for what it sets aside.
+            reserving.add_done_callback(_give_back)
+            raise
+
+    async def _free(self, estimate: MemoryEstimate) -> dict[int, int] | None:
+        """Measure what is free on each device, without what other loads are about to take; None if nobody can say."""
         if estimate.device == "gpu":
             devices = await asyncio.to_thread(self.devices.read)
             reserved = await asyncio.to_thread(self.placement.reservations)
-            rooms = sorted((gpu.free_bytes - reserved.get(gpu.index, 0) for gpu in devices.gpus), reverse=True)
-            chosen = rooms[: estimate.device_count]
-            return max(0, min(chosen)) * estimate.device_count if len(chosen) == estimate.device_count else None
+            return {g.index: max(0, g.free_bytes - reserved.get(g.index, 0)) for g in devices.gpus} or None
         free = await asyncio.to_thread(self.devices.free_ram)
         for load in list(self._loads.values()):
             if load.estimate.device == "cpu" and load.estimate.total_bytes:
                 held = (await load.engine.memory()).pss_bytes if load.engine else None
                 free -= max(0, load.estimate.total_bytes - (held or 0))
-        return max(0, free)
+        return {_RAM: max(0, free)}
 
-    async def _free_share(self, gpus: tuple[int, ...]) -> float | None:
-        """Give the share of each of these GPUs that is free, or None if there are none."""
-        if not gpus:
-            return None
+    async def _free_share(self, reservation: Reservation) -> float | None:
+        """Give the share of each reserved GPU that is free for this engine."""
         devices = await asyncio.to_thread(self.devices.read)
-        shares = [utilization(g.free_bytes, g.total_bytes, _GPU_MARGIN) for g in devices.gpus if g.index in gpus]
+        reserved = await asyncio.to_thread(self.placement.reservations)
+        shares = []
+        for gpu in devices.gpus:
+            if gpu.index in reservation.sizes:
+                others = reserved.get(gpu.index, 0) - reservation.sizes[gpu.index]
+                shares.append(utilization(gpu.free_bytes - max(0, others), gpu.total_bytes, _GPU_MARGIN))
         return min(shares, default=None)
 
     def _candidates(self, configuration: Configuration, estimate: MemoryEstimate) -> list[Candidate]:
@@ -230,7 +276,7 @@ class Loader:
                 if model.status != "loaded" or model.configuration.config_id == configuration.config_id:
                     continue
                 memory = model.snapshot().memory
-                held = memory.gpu_bytes if estimate.device == "gpu" else memory.pss_bytes
+                held = memory.gpus if estimate.device == "gpu" else {_RAM: memory.pss_bytes or 0}
                 found.append(Candidate(model.configuration.model_id, held, model.idle_since, model.busy))
         return found
 
@@ -238,21 +284,23 @@ class Loader:
         """Count the models that have to go so that no more are loaded than may be."""
         if not self._max_loaded_models:
             return 0
-        live = sum(model.configuration.config_id in self._local and model.live for model in self._models())
-        live -= configuration.config_id in self._local
-        return max(0, live + 1 - self._max_loaded_models)
+        others = self._local - {configuration.config_id}
+        holding = sum(model.configuration.config_id in others and model.holding for model in self._models())
+        return max(0, holding + 1 - self._max_loaded_models)
 
-    async def _evict(self, room: Room, configuration: Configuration) -> None:
-        models = {model.configuration.model_id: model for model in self._models()}
+    def _evict(self, room: Room, configuration: Configuration) -> list[asyncio.Task[Memory]]:
+        """Start to unload in the moment of the decision, so that no request comes in between."""
         reason = f"evicted to make room for {configuration.model_id}"
-        going = [models[model_id].evict(reason) for model_id in room.evict if model_id in models]
-        await asyncio.gather(*going)
+        models = {model.configuration.model_id: model for model in self._models() if model.status == "loaded"}
+        return [models[model_id].start_unloading(reason=reason) for model_id in room.evict]
 
-    def _no_room(self, configuration: Configuration, estimate: MemoryEstimate, free: int | None) -> LLMKitError:
+    def _no_room(
+        self, configuration: Configuration, estimate: MemoryEstimate, free: dict[int, int] | None
+    ) -> LLMKitError:
         model_id = configuration.model_id
         where = "GPU memory" if estimate.device == "gpu" else "memory"
         held = [
-            f"`{c.model_id}`" + (f" {c.held_bytes / _GIB:.1f} GiB" if c.held_bytes else "") + (" (busy)" * c.busy)
+            f"`{c.model_id}`" + (f" {sum(c.held.values()) / _GIB:.1f} GiB" if c.held else "") + (" (busy)" * c.busy)
             for c in self._candidates(configuration, estimate)
         ]
         holders = f" Loaded: {', '.join(held)}." if held else ""
@@ -262,12 +310,18 @@ class Loader:
             return NoRoom(
                 f"No more than {limit} models may be loaded at once, and none of them is idle.{holders}", hint=hint
             )
-        needed, have = (estimate.total_bytes or 0) / _GIB, (free or 0) / _GIB
+        usable = _usable(free, estimate)
+        needed, have = (estimate.total_bytes or 0) / _GIB, (usable or 0) / _GIB
         return NoRoom(
             f"`{model_id}` needs about {needed:.1f} GiB of {where}, and {have:.1f} GiB are free.{holders}",
             hint=hint,
-            details={"needed_bytes": estimate.total_bytes, "free_bytes": free},
+            details={"needed_bytes": estimate.total_bytes, "free_bytes": usable},
         )
+
+    async def delete_log(self, configuration: Configuration) -> None:
+        """Delete what the engines of a configuration wrote."""
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self.log_file(configuration).unlink, missing_ok=True)
 
     # -- history -------------------------------------------------------------------------------------------
 
@@ -297,3 +351,16 @@ class Loader:
         engine = {k: v for k, v in self._stored.sorted(configuration).engine.items() if k != ARGUMENT}
         told: list[Any] = [configuration.model_type, configuration.model_name, engine]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _usable(free: dict[int, int] | None, estimate: MemoryEstimate) -> int | None:
+    """Give what of the free memory a model can use: as much on each of its devices as on the fullest of them."""
+    if free is None:
+        return None
+    best = sorted(free.values(), reverse=True)[: estimate.device_count]
+    return min(best) * estimate.device_count if len(best) == estimate.device_count else 0
+
+
+def _give_back(reserving: asyncio.Future[Reservation]) -> None:
+    if not reserving.cancelled() and reserving.exception() is None:
+        reserving.result().release()

@@ -1,34 +1,35 @@
 """The life of one model: the only writer of its status.
 
-========== =================================== ==============================================
+========== =================================== ===================================================
 status     `Model.ensure_loaded`               `Model.unload`
-========== =================================== ==============================================
+========== =================================== ===================================================
 unloaded   starts a load and waits for it      nothing to do
 loading    waits for the load under way        cancels the load, waits until all is gone
-loaded     returns at once                     ends its requests, stops the engine
-unloading  waits for the end, starts a load    waits for the unload under way
+loaded     returns at once                     lets requests finish, ends the rest, stops the engine
+unloading  waits for the end, starts a load    joins the unload, cancels a load that waits for it
 failed     starts a load and waits for it      forgets the failure, and a restart that is due
-========== =================================== ==============================================
+========== =================================== ===================================================
 
 An engine that fails while the model is loaded makes it ``failed``. With ``restart: on_failure`` a load starts by itself
-after a pause that grows; after three failures in five minutes nothing more happens until somebody asks.
+after a pause that grows; after three failures in five minutes nothing more happens until somebody asks. A request of
+a model with ``auto_load`` loads it, too, but with the same pauses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from llmkit import schemas
-from llmkit.engines.base import Engine, EngineExit, LoadProgress
+from llmkit.engines.base import Engine, LoadProgress
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, last_lines
 from llmkit.errors import EngineCrashed, EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
@@ -36,12 +37,11 @@ from llmkit.inference.admission import Admission
 from llmkit.registry import policies
 from llmkit.registry.load_clock import LoadClock
 from llmkit.registry.policies import LoadRecord
+from llmkit.registry.running import Running
 from llmkit.schemas import Capabilities, Configuration, Memory, ModelError, Phase, Status
 
 TICK_SECONDS = 0.5
 """Between two looks at a load that says nothing: its time and its rest are told again."""
-DRAIN_SECONDS = 60.0
-"""For a request that comes in the moment in which its model expires or is evicted."""
 
 NOT_LOADED = Memory(reason="not loaded")
 
@@ -54,19 +54,14 @@ _NEXT: dict[Status, set[Status]] = {
 }
 
 
-@dataclass(eq=False)
-class Running:
-    """One request of a model, from its admission to its end."""
+@dataclass(frozen=True)
+class Turn:
+    """What a request gets once it may run."""
 
-    request_id: str
-    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
-    error: LLMKitError | None = None
-
-    def abort(self, error: LLMKitError) -> None:
-        """End the request with an error."""
-        self.error = error
-        if self.task is not None:
-            self.task.cancel()
+    http: EngineHTTP
+    capabilities: Capabilities
+    load_seconds: float
+    """So long it has waited for a load."""
 
 
 class Model:
@@ -118,6 +113,8 @@ class Model:
         self._clock: LoadClock | None = None
         self._asked_ttl: float | None = None
         self._failures: deque[float] = deque(maxlen=policies.CRASHES)
+        self._failure: LLMKitError | None = None
+        self.owner: str | None = None
         self._restart_task: asyncio.Task[None] | None = None
         self._load_seconds: float | None = None
         self._loaded_at: datetime | None = None
@@ -127,11 +124,14 @@ class Model:
         self._engine: Engine | None = None
         self._http: EngineHTTP | None = None
         self._load_task: asyncio.Task[LLMKitError | None] | None = None
+        self._next_load: asyncio.Task[LLMKitError | None] | None = None
         self._unload_task: asyncio.Task[Memory] | None = None
         self._watch_task: asyncio.Task[None] | None = None
         self._burial: asyncio.Task[None] | None = None
         self._retired: LLMKitError | None = None
-        self._hurry = asyncio.Event()
+        self._draining = False
+        self._drain_until = 0.0
+        self._calmer = asyncio.Event()
         self._running: dict[str, Running] = {}
 
     @property
@@ -143,6 +143,16 @@ class Model:
     def live(self) -> bool:
         """Whether an engine runs or is on the way."""
         return self._status in ("loading", "loaded", "unloading")
+
+    @property
+    def leaving(self) -> bool:
+        """Whether an engine is on its way out."""
+        return self._unload_task is not None or self._burial is not None
+
+    @property
+    def holding(self) -> bool:
+        """Whether it may hold memory."""
+        return self.live or self.leaving
 
     async def measure(self) -> Memory:
         """Measure what the model holds now."""
@@ -178,6 +188,7 @@ class Model:
             queued=self.admission.queued,
             memory=self._memory,
             capabilities=self._capabilities,
+            owner=self.owner,
             error=self._error,
         )
 
@@ -198,22 +209,19 @@ class Model:
     async def ensure_loaded(self, *, force: bool = False) -> None:
         """Return when the model is loaded, whoever started the load.
 
-        A caller that is cancelled leaves the load to the others.
+        A caller that is cancelled leaves the load to the others. ``force`` is that of `start_loading`.
 
         Raises
         ------
         LLMKitError
             The reason why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
         """
-        while not self.start_loading(force=force):
-            await asyncio.wait([task for task in (self._unload_task, self._burial) if task is not None])
-        if self._status == "loading" and self._load_task is not None:
-            error = await asyncio.shield(self._load_task)
-            if error is not None:
-                raise error
+        error = await asyncio.shield(self.start_loading(force=force))
+        if error is not None:
+            raise error
 
-    def start_loading(self, *, force: bool = False) -> bool:
-        """Start a load if the model is unloaded or failed; it may be the one that a restart was waiting for.
+    def start_loading(self, *, force: bool = False) -> asyncio.Task[LLMKitError | None]:
+        """Start a load, if there is none; one that has to wait for an unload begins when that is over.
 
         Parameters
         ----------
@@ -222,8 +230,8 @@ class Model:
 
         Returns
         -------
-        bool
-            Whether the model is loading or loaded now; False while an earlier engine is on its way out.
+        Task
+            The load; its result is None, or the reason why it failed. Cancel it with `unload` alone.
 
         Raises
         ------
@@ -232,46 +240,73 @@ class Model:
         """
         if self._retired is not None:
             raise self._retired
-        if self._unload_task is not None or self._burial is not None:
-            return False
+        if self._unload_task is not None:
+            if self._next_load is None:
+                self._next_load = self._new_load(force=force)
+            return self._next_load
         if self._status in ("unloaded", "failed"):
             self._end_restart()
             self._failures.clear()
-            self._begin(force=force)
-        return True
+            return self._begin(force=force)
+        assert self._load_task is not None  # noqa: S101  # loading or loaded
+        return self._load_task
 
-    def _begin(self, *, force: bool) -> None:
+    def _start_for_request(self) -> asyncio.Task[LLMKitError | None]:
+        """Start a load that nobody but a request has asked for: what fails again and again gets its pauses."""
+        if self._status == "failed" and self._unload_task is None and self._retired is None and self._failures:
+            now = time.monotonic()
+            pause = policies.restart_delay(self._failures, now) or policies.LONGEST_RESTART_SECONDS
+            if self._failure is not None and now - self._failures[-1] < pause:
+                raise self._failure.with_traceback(None)
+            self._end_restart()
+            return self._begin(force=False)
+        return self.start_loading()
+
+    def _begin(self, *, force: bool) -> asyncio.Task[LLMKitError | None]:
+        self._load_task = self._new_load(force=force)
+        self._set_loading()
+        return self._load_task
+
+    def _new_load(self, *, force: bool) -> asyncio.Task[LLMKitError | None]:
+        return asyncio.create_task(self._load(force=force), name=f"load {self.configuration.model_id}")
+
+    def _set_loading(self) -> None:
         self._clock = LoadClock()
         self._phase, self._progress, self._load_seconds = "queued", 0.0, None
         self._set("loading")
-        self._load_task = asyncio.create_task(self._load(force=force), name=f"load {self.configuration.model_id}")
 
-    def retire(self, error: LLMKitError) -> None:
-        """Refuse every load from now on, because the model is deleted or the server stops."""
+    def retire(self, error: LLMKitError | None) -> None:
+        """Refuse every load from now on, because the model is deleted or the server stops; None takes it back."""
         self._retired = error
-        self._end_restart()
 
     async def _load(self, *, force: bool) -> LLMKitError | None:
-        ticking = asyncio.create_task(self._tick(), name=f"tick {self.configuration.model_id}")
+        ticking = None
         try:
+            await self.gone()
+            if self._retired is not None:
+                raise asyncio.CancelledError  # as the unload does that is about to come
+            ticking = asyncio.create_task(self._tick(), name=f"tick {self.configuration.model_id}")
             return await self._start_engine(force=force)
         except asyncio.CancelledError:
             # Only `unload` cancels this task, and waits for it: the cancellation ends here, as a result.
-            await self._stop_engine()
-            self._set("unloaded", "load cancelled")
-            return LoadCancelled(
+            if asyncio.current_task() is self._load_task:
+                await self._stop_engine()
+                self._set("unloaded", "load cancelled")
+            return self._retired or LoadCancelled(
                 f"The load of `{self.configuration.model_id}` was cancelled.",
                 hint="Somebody unloaded it meanwhile.",
             )
         finally:
-            ticking.cancel()
+            if ticking is not None:
+                ticking.cancel()
 
     async def _start_engine(self, *, force: bool) -> LLMKitError | None:
         load, configuration = self._clock, self.configuration
-        assert load is not None  # noqa: S101  # made with the task
+        assert load is not None  # noqa: S101  # made with the status
         try:
             load.earlier = await self._last_load(configuration)
             engine = self._engine = await self._make_engine(configuration, force)
+            load.begin()
             self._capabilities = await engine.start(self._report)
             self._memory = await engine.memory()
         except Exception as raised:  # noqa: BLE001  # whatever an engine of a third party raises, the model is failed
@@ -312,9 +347,17 @@ class Model:
         else:
             self._log.error("The engine of %s failed.", self.configuration.model_id, exc_info=raised)
             error = EngineGone(f"The engine failed: {type(raised).__name__}.", hint="The server's log says more.")
+        started = self._engine is not None
         await self._stop_engine()
-        self._set("failed", error.message, await self._model_error(error))
+        told = await self._model_error(error)
+        if started:  # what fails before costs next to nothing, and may be cured by now
+            self._note_failure(error)
+        self._set("failed", error.message, told)
         return error
+
+    def _note_failure(self, error: LLMKitError) -> None:
+        self._failures.append(time.monotonic())
+        self._failure = error
 
     async def _model_error(self, error: LLMKitError) -> ModelError:
         tail = error.details.get("log_tail")
@@ -329,55 +372,54 @@ class Model:
         )
 
     async def _watch(self, engine: Engine) -> None:
-        ended: EngineExit = await engine.wait_exit()
+        try:
+            message = (await engine.wait_exit()).message
+        except Exception:  # noqa: BLE001  # an engine that nobody watches must not look well
+            self._log.exception("The engine of %s cannot be watched.", self.configuration.model_id)
+            message = "The engine could not be watched any more."
         if self._status != "loaded" or self._engine is not engine:
             return
-        error = EngineCrashed(ended.message, hint="Load it again; the log tail says why it ended.")
+        error = EngineCrashed(message, hint="Load it again; the log tail says why it ended.")
+        self._note_failure(error)
         # At once, so that nobody is sent to an engine that is gone; loads and unloads wait for the burial.
-        self._set("failed", ended.message, ModelError(code=error.code, message=error.message, hint=error.hint))
-        self._abort_all(error)
         self._burial = asyncio.create_task(self._bury(error), name=f"bury {self.configuration.model_id}")
-        self._burial.add_done_callback(self._burial_done)
+        self._set("failed", message, ModelError(code=error.code, message=error.message, hint=error.hint))
+        self._abort_all(error)
 
     async def _bury(self, error: LLMKitError) -> None:
-        await self._stop_engine()
-        self._error = await self._model_error(error)
-        self._failures.append(time.monotonic())
-        self._changed(self, "status")
-
-    def _burial_done(self, _: asyncio.Task[None]) -> None:
-        self._burial = None
-        self._plan_restart()
+        try:
+            await self._stop_engine()
+            told = await self._model_error(error)
+        finally:
+            self._burial = None
+        if self._status == "failed":
+            self._error = told
+            self._changed(self, "status")
+            if self.configuration.restart == "on_failure" and self._unload_task is None:
+                self._restart_task = asyncio.create_task(self._restart(), name=f"restart {self.configuration.model_id}")
 
     # -- restart -------------------------------------------------------------------------------------------
 
-    def _plan_restart(self) -> None:
-        """Start again after a while, if the configuration asks for it and it makes sense."""
-        if self.configuration.restart != "on_failure" or self._retired is not None or self._unload_task is not None:
-            return
-        pause = policies.restart_delay(self._failures, time.monotonic())
-        why = (self._reason or "").removesuffix(".")
-        if pause is None:
-            minutes = policies.CRASH_SECONDS / 60
-            self._reason = f"{why}. It failed {policies.CRASHES} times in {minutes:g} minutes and is left alone now."
-        else:
+    async def _restart(self) -> None:
+        """Start again and again, with pauses that grow, until it is loaded or there have been too many failures."""
+        while True:
+            why = (self._reason or "").removesuffix(".")
+            pause = policies.restart_delay(self._failures, time.monotonic())
+            if pause is None:
+                minutes = policies.CRASH_SECONDS / 60
+                self._reason = (
+                    f"{why}. It failed {policies.CRASHES} times in {minutes:g} minutes and is left alone now."
+                )
+                self._changed(self, "status")
+                return
             self._reason = f"{why}. It is started again in {pause:g} s."
-            self._restart_task = asyncio.create_task(
-                self._restart(pause), name=f"restart {self.configuration.model_id}"
-            )
-        self._changed(self, "status")
-
-    async def _restart(self, pause: float) -> None:
-        await asyncio.sleep(pause)
-        self._restart_task = None
-        if self._status != "failed" or self._retired is not None or self._unload_task is not None:
-            return
-        self._begin(force=False)
-        assert self._load_task is not None  # noqa: S101  # just made
-        await asyncio.wait([self._load_task])
-        if self._status == "failed":
-            self._failures.append(time.monotonic())
-            self._plan_restart()
+            self._changed(self, "status")
+            await asyncio.sleep(pause)
+            if self._status != "failed" or self._retired is not None or self.configuration.restart != "on_failure":
+                return
+            await asyncio.wait([self._begin(force=False)])
+            if self._status != "failed":
+                return
 
     def _end_restart(self) -> None:
         task, self._restart_task = self._restart_task, None
@@ -387,44 +429,66 @@ class Model:
     # -- unload --------------------------------------------------------------------------------------------
 
     async def unload(self, drain: float = 0.0, reason: str | None = None) -> Memory:
-        """Unload, whatever the status, and say what was freed.
+        """Unload, whatever the status, and say what was freed; the parameters are those of `start_unloading`."""
+        return await asyncio.shield(self.start_unloading(drain, reason))
+
+    def start_unloading(self, drain: float = 0.0, reason: str | None = None) -> asyncio.Task[Memory]:
+        """Start to unload, or join the unload under way; from now on no request comes in.
 
         Parameters
         ----------
+        drain
+            Seconds that requests, running and waiting, get to finish before they are ended with `ModelUnloaded`;
+            of several calls the one that ends first counts.
         reason
             Why, if nobody asked for it.
-        drain
-            Seconds that running requests get to finish before they are ended with `ModelUnloaded`; a later call
-            without any ends the drain of an earlier one.
+
+        Returns
+        -------
+        Task
+            The unload; its result is what was freed.
         """
+        self._end_restart()
+        if self._next_load is not None:
+            # After its first step, so that it ends with a result.
+            asyncio.get_running_loop().call_soon(self._next_load.cancel)
+            self._next_load = None
+        until = time.monotonic() + drain
         if self._unload_task is None:
-            self._hurry = asyncio.Event()
-            self._end_restart()
-            unloading = self._unload(drain, reason)
-            self._unload_task = asyncio.create_task(unloading, name=f"unload {self.configuration.model_id}")
-            self._unload_task.add_done_callback(self._unload_done)
-        if not drain:
-            self._hurry.set()
-        return await asyncio.shield(self._unload_task)
+            self._drain_until = until
+            self._unload_task = asyncio.create_task(self._unload(reason), name=f"unload {self.configuration.model_id}")
+            if self._status == "loaded":
+                self._set("unloading", reason)
+        elif until < self._drain_until:
+            self._drain_until = until
+            self._calmer.set()
+        return self._unload_task
 
-    def _unload_done(self, _: asyncio.Task[Memory]) -> None:
-        self._unload_task = None
+    async def _unload(self, reason: str | None) -> Memory:
+        try:
+            return await self._bring_down(reason)
+        finally:
+            self._unload_task = None
+            following, self._next_load = self._next_load, None
+            if following is not None:
+                self._load_task = following
+                self._set_loading()
 
-    async def _unload(self, drain: float, reason: str | None) -> Memory:
+    async def _bring_down(self, reason: str | None) -> Memory:
+        if self._status == "loading" and self._load_task is not None:
+            self._load_task.cancel()
+            await asyncio.wait([self._load_task])
+            if self.status == "unloaded":
+                return Memory(verified=True, reason="the load was cancelled")
         if self._burial is not None:
             await asyncio.wait([self._burial])
-        load = self._load_task
-        if load is not None and not load.done():
-            load.cancel()
-            await asyncio.wait([load])
-            if self._status == "unloaded":
-                return Memory(verified=True, reason="the load was cancelled")
         if self._status == "failed":
             self._set("unloaded")
         if self._status == "unloaded":
             return Memory(verified=True, reason="not loaded")
-        self._set("unloading", reason)
-        await self._drain(drain)
+        if self._status == "loaded":  # a load that could not be cancelled any more
+            self._set("unloading", reason)
+        await self._drain()
         self._abort_all(
             ModelUnloaded(f"`{self.configuration.model_id}` was unloaded.", hint="Load it and send the request again.")
         )
@@ -432,14 +496,22 @@ class Model:
         self._set("unloaded", reason)
         return freed
 
-    async def gone(self) -> None:
-        """Return when no unload is under way."""
-        if self._unload_task is not None:
-            await asyncio.wait([self._unload_task])
+    async def _drain(self) -> None:
+        self._draining = True
+        try:
+            while self.busy and (left := self._drain_until - time.monotonic()) > 0:
+                self._calmer.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._calmer.wait()
+        finally:
+            self._draining = False
 
-    async def evict(self, reason: str) -> Memory:
-        """Unload for another's sake; requests that came in the last moment are answered."""
-        return await self.unload(0.0 if self.busy else DRAIN_SECONDS, reason)
+    async def gone(self) -> None:
+        """Return when no engine is on its way out."""
+        leaving = [task for task in (self._unload_task, self._burial) if task is not None]
+        if leaving:
+            await asyncio.wait(leaving)
 
     # -- expiry --------------------------------------------------------------------------------------------
 
@@ -458,20 +530,14 @@ class Model:
         """When it will be unloaded, if nobody asks it anything."""
         if self._status != "loaded" or self._loaded_at is None:
             return None
-        return policies.expires_at(self.idle_ttl(), self._loaded_at, self._last_used_at, busy=self.busy)
+        ceiling = self.ttl_limits[1]
+        return policies.expires_at(
+            self.idle_ttl(), self._loaded_at, self._last_used_at, busy=self.busy, ceiling=ceiling
+        )
 
     def idle_ttl(self) -> float | None:
         """Give the seconds that it may be idle, or None for ever."""
         return policies.effective_ttl(self._asked_ttl, self.configuration.idle_ttl, *self.ttl_limits)
-
-    async def _drain(self, seconds: float) -> None:
-        requests = [running.task for running in self._running.values() if running.task is not None]
-        if requests and not self._hurry.is_set():
-            hurry = asyncio.create_task(self._hurry.wait())
-            finished = asyncio.ensure_future(asyncio.wait(requests))
-            await asyncio.wait([hurry, finished], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            hurry.cancel()
-            finished.cancel()
 
     async def _stop_engine(self) -> Memory:
         """End what belongs to the last load; never raises, so that a status always follows."""
@@ -500,37 +566,55 @@ class Model:
 
     @asynccontextmanager
     async def use(
-        self, running: Running, idle_ttl: float | None = None
-    ) -> AsyncIterator[tuple[EngineHTTP, Capabilities]]:
+        self, running: Running, idle_ttl: float | None = None, *, auto_load: bool = False
+    ) -> AsyncIterator[Turn]:
         """Hold the model for one request, after waiting for a place.
-
-        The ``idle_ttl`` of the request holds after it, until the next one.
 
         Inside, the task of ``running`` is cancelled when the model goes away or the request is cancelled by its
         id; that cancellation leaves here as the error it stands for.
 
+        Parameters
+        ----------
+        running
+            The request.
+        idle_ttl
+            Holds after this request, until the next one.
+        auto_load
+            Load the model first if it is not loaded; who waits for that has a place in the queue.
+
         Raises
         ------
         ModelNotLoaded, QueueFull, ModelUnloaded, EngineGone
+            Or the reason why it could not be loaded.
         """
-        self._check_loaded()
+        load_seconds = 0.0
+
+        async def load() -> None:
+            nonlocal load_seconds
+            asked = time.monotonic()
+            error = await asyncio.shield(self._start_for_request())
+            load_seconds = time.monotonic() - asked
+            if error is not None:
+                raise error
+
+        loads = auto_load and self._status != "loaded"
+        if not loads:
+            self._check_loaded()
         try:
-            async with self.admission.slot():
-                self._check_loaded()
-                self._running[running.request_id] = running
-                self._asked_ttl = idle_ttl
-                try:
-                    assert self._http is not None  # noqa: S101  # loaded
-                    yield self._http, self._capabilities
-                finally:
-                    self._running.pop(running.request_id, None)
-                    self._last_used_at = datetime.now(UTC)
-        except (asyncio.CancelledError, LLMKitError):
-            if running.error is None:
-                raise
-            if running.task is not None:
-                running.task.uncancel()
-            raise running.error from None
+            with running.told():
+                async with self.admission.slot(load if loads else None):
+                    if not self._draining:
+                        self._check_loaded()
+                    self._running[running.request_id] = running
+                    self._asked_ttl = idle_ttl
+                    try:
+                        assert self._http is not None  # noqa: S101  # loaded
+                        yield Turn(self._http, self._capabilities, load_seconds)
+                    finally:
+                        self._running.pop(running.request_id, None)
+                        self._last_used_at = datetime.now(UTC)
+        finally:
+            self._calmer.set()
 
     def _check_loaded(self) -> None:
         if self._status != "loaded":

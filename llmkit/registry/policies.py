@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
@@ -14,6 +14,10 @@ CRASH_SECONDS: Final = 300.0
 """So many failures within so long end the restarts."""
 FIRST_RESTART_SECONDS: Final = 1.0
 LONGEST_RESTART_SECONDS: Final = 60.0
+FIRST_USE_SECONDS: Final = 300.0
+"""So long a model with a TTL of 0 waits for its first request."""
+LONGEST_TTL_SECONDS: Final = 1e9
+"""What is longer is for ever."""
 _MOST_BEFORE_THE_END: Final = 0.99
 
 
@@ -33,23 +37,30 @@ def effective_ttl(
         What the operator allows at most; None is no limit.
     """
     wanted = next((ttl for ttl in (asked, configured) if ttl is not None), default)
-    never = wanted < 0
-    if ceiling is not None and ceiling >= 0:
+    never = not 0 <= wanted <= LONGEST_TTL_SECONDS
+    if ceiling is not None and 0 <= ceiling <= LONGEST_TTL_SECONDS:
         return ceiling if never else min(wanted, ceiling)
     return None if never else wanted
 
 
-def expires_at(ttl: float | None, loaded_at: datetime, last_used_at: datetime | None, *, busy: bool) -> datetime | None:
+def expires_at(
+    ttl: float | None,
+    loaded_at: datetime,
+    last_used_at: datetime | None,
+    *,
+    busy: bool,
+    ceiling: float | None = None,
+) -> datetime | None:
     """Give the moment at which an idle model is unloaded, or None.
 
-    The time starts at the end of the last request. With a TTL of 0 a model that nobody has asked yet waits for its
-    first request: who loads a model means to use it.
+    The time starts at the end of the last request. With a TTL of 0 a model that nobody has asked yet waits a while
+    for its first request, within the ceiling: who loads a model means to use it.
     """
     if ttl is None or busy:
         return None
     used = last_used_at if last_used_at is not None and last_used_at >= loaded_at else None
     if used is None and ttl == 0:
-        return None
+        ttl = min(FIRST_USE_SECONDS, ceiling) if ceiling is not None and ceiling > 0 else FIRST_USE_SECONDS
     return (used or loaded_at) + timedelta(seconds=ttl)
 
 
@@ -77,10 +88,16 @@ def restart_delay(failures: Sequence[float], now: float) -> float | None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loaded model that could be unloaded to make room."""
+    """A loaded model that could be unloaded to make room.
+
+    Attributes
+    ----------
+    held
+        Bytes on each device; empty where that is not known.
+    """
 
     model_id: str
-    held_bytes: int | None
+    held: Mapping[int, int]
     idle_since: datetime
     busy: bool
 
@@ -94,10 +111,11 @@ class Room:
 
 
 def make_room(
-    needed_bytes: int | None,
-    free_bytes: int | None,
+    needed: int | None,
+    free: Mapping[int, int] | None,
     candidates: Sequence[Candidate],
     *,
+    count: int = 1,
     surplus: int = 0,
     force: bool = False,
 ) -> Room:
@@ -105,8 +123,11 @@ def make_room(
 
     Parameters
     ----------
-    needed_bytes, free_bytes
-        What the model needs and what is free; None where that is not known, and then memory does not count.
+    needed
+        Bytes that the model needs on each of ``count`` devices; None where that is not known, and then memory does
+        not count.
+    free
+        Bytes that are free on each device; None where that is not known.
     candidates
         Every loaded model that holds memory.
     surplus
@@ -118,23 +139,24 @@ def make_room(
     if len(usable) < surplus:
         return Room([], fits=False)
     chosen = usable[:surplus]
-    if needed_bytes is None or free_bytes is None:
+    if needed is None or free is None:
         return Room([c.model_id for c in chosen], fits=None)
 
-    def missing(victims: Sequence[Candidate]) -> int:
-        return needed_bytes - free_bytes - sum(c.held_bytes or 0 for c in victims)
+    def enough(victims: Sequence[Candidate]) -> bool:
+        rooms = (left + sum(c.held.get(device, 0) for c in victims) for device, left in free.items())
+        return sum(room >= needed for room in rooms) >= count
 
     for candidate in usable[surplus:]:
-        if missing(chosen) <= 0:
+        if enough(chosen):
             break
-        if candidate.held_bytes:
+        if any(device in free for device in candidate.held):
             chosen.append(candidate)
-    if missing(chosen) > 0 and not force:
+    if not enough(chosen) and not force:
         return Room([], fits=False)  # nobody is unloaded in vain
-    # One that was taken early can be spared when a larger one had to follow.
+    # Some that were taken early can be spared when a larger one, or one on another device, had to follow.
     for candidate in list(chosen):
         rest = [c for c in chosen if c is not candidate]
-        if len(rest) >= surplus and missing(rest) <= 0:
+        if len(rest) >= surplus and enough(rest):
             chosen = rest
     return Room([c.model_id for c in chosen], fits=True)
 
@@ -168,14 +190,14 @@ def forecast(
     download
         How far the download is, while there is one.
     """
+    if earlier is None:
+        return None
     if download is not None:
         if not download.total_bytes or not download.bytes_per_second:
             return None
         left = (download.total_bytes - download.done_bytes) / download.bytes_per_second
-        reached = earlier.steps.get(step, 0.0) if earlier and step else 0.0
-        return max(left, 0.0) + (max(earlier.seconds - reached, 0.0) if earlier else 0.0)
-    if earlier is None:
-        return None
+        reached = earlier.steps.get(step, 0.0) if step else 0.0
+        return max(left, 0.0) + max(earlier.seconds - reached, 0.0)
     reached = earlier.steps.get(step, 0.0) if step else 0.0
     following = min((s for s in earlier.steps.values() if s > reached), default=earlier.seconds)
     # A step that takes longer than last time holds the clock until the next is reached.

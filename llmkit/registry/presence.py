@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -68,11 +70,34 @@ class Presence:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path, seconds: float) -> Iterator[None]:
+    """Hold a lock that only one process holds at once; its end, in whatever way, gives it back.
+
+    Raises
+    ------
+    TimeoutError
+        If another holds it for so long.
+    """
+    deadline = time.monotonic() + seconds
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        while not _try_lock(file):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path} is locked")
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(file)
+
+
 def _try_lock(file: int) -> bool:
     if sys.platform == "win32":
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return True  # a file system without locks; to wait for one would be to wait for ever
     return True

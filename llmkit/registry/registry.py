@@ -32,7 +32,8 @@ from llmkit.process.devices import Devices
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.loading import Loader
-from llmkit.registry.model import Model, Running
+from llmkit.registry.model import Model
+from llmkit.registry.running import Running
 from llmkit.registry.secrets import KeyPolicy
 from llmkit.schemas import (
     API_VERSION,
@@ -113,7 +114,7 @@ class ModelRegistry:
         self._models: dict[str, Model] = {}
         self._loader = Loader(
             self._stored,
-            self._models.values,
+            lambda: [*self._models.values(), *self._deleting],
             settings.run_dir,
             settings.max_loaded_models,
             settings.stall_seconds,
@@ -157,7 +158,7 @@ class ModelRegistry:
         self._closing = True
         models = [*self._models.values(), *self._deleting]
         for model in models:
-            model.retire(ServerStopping("The server is stopping."))
+            model.retire(ServerStopping("The server is stopping.", hint="Ask again when it is back."))
         unloads = [asyncio.create_task(model.unload()) for model in models]
         if unloads:
             await asyncio.wait(unloads, timeout=CLOSE_SECONDS)
@@ -309,6 +310,7 @@ class ModelRegistry:
             If another configuration has the ``model_id``.
         """
         self._check_open()
+        await self._catch_up()
         if request.model_id in self._models:
             stored = self._models[request.model_id].configuration
             if await self._stored.is_same(request, stored):
@@ -336,6 +338,7 @@ class ModelRegistry:
         ConfigurationNotFound, ConfigurationReadOnly, DoesNotFit, KeyNotAllowed, ModelIsLoaded
         """
         self._check_open()
+        await self._catch_up()
         model = self._by_config_id(config_id)
         stored = model.configuration
         self._check_writable(stored)
@@ -345,22 +348,31 @@ class ModelRegistry:
         if await self._stored.is_same(request, stored):
             return stored
         configuration, secret = await self._stored.prepare(request, stored)
+        if model.configuration is not stored:
+            return await self.update(config_id, request, reload=reload)  # somebody was faster: against theirs
         new_engine = (
             (configuration.model_name, configuration.model_type) != (stored.model_name, stored.model_type)
             # A new raw key has a new mark among the arguments.
             or self._stored.sorted(configuration).engine != self._stored.sorted(stored).engine
         )
-        if new_engine and model.live and not reload:
+        was_live = model.live
+        if new_engine and was_live and not reload:
             raise ModelIsLoaded(
                 f"`{stored.model_id}` is {model.status}; its engine cannot change while it runs.",
                 hint="Unload it first, or send the same with ?reload=true.",
             )
-        await self._stored.replace(configuration, secret)
+        # Before it is written, so that a load or a change that comes meanwhile is one of the new configuration.
         self._apply(model, configuration)
+        try:
+            await self._stored.replace(configuration, secret, stored)
+        except BaseException:
+            if model.configuration is configuration:
+                self._apply(model, stored)
+            raise
         self._changed(model, "updated")
-        if new_engine and model.live:
+        if new_engine and was_live:
             await model.unload()
-            self._spawn(model.ensure_loaded())
+            model.start_loading()
         return configuration
 
     async def delete(self, config_id: str, *, unload: bool = False) -> None:
@@ -381,15 +393,20 @@ class ModelRegistry:
                 f"`{configuration.model_id}` is {model.status}.",
                 hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true.",
             )
-        await self._stored.delete(config_id)
-        # Out of sight first, and out of use, so that nobody can load it again meanwhile.
-        model.retire(ModelNotFound(f"`{configuration.model_id}` was deleted.", param="model_id"))
-        self._remove(model)
+        # Out of use first, so that nobody can load it again meanwhile.
+        self._retire_deleted(model)
+        try:
+            await self._stored.delete(configuration)
+        except BaseException:
+            model.retire(None)
+            raise
         self._deleting.add(model)
+        self._remove(model)
         try:
             await model.unload()
         finally:
             self._deleting.discard(model)
+            await self._loader.delete_log(configuration)
 
     def _check_writable(self, configuration: Configuration) -> None:
         if configuration.declared:
@@ -421,8 +438,8 @@ class ModelRegistry:
         model = self._by_config_id(config_id)
         if wait:
             await model.ensure_loaded(force=force)
-        elif not model.start_loading(force=force):
-            self._spawn(model.ensure_loaded(force=force))
+        else:
+            model.start_loading(force=force)
         return model.snapshot()
 
     async def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
@@ -436,8 +453,8 @@ class ModelRegistry:
             now = datetime.now(UTC)
             for model in self._models.values():
                 expires = model.expires_at
-                if expires is not None and expires <= now:
-                    self._spawn(model.evict(f"idle for {model.idle_ttl():g} s"))
+                if expires is not None and expires <= now and model.idle_since is not None:
+                    model.start_unloading(reason=f"idle for {(now - model.idle_since).total_seconds():.0f} s")
 
     # -- prompting -----------------------------------------------------------------------------------------
 
@@ -459,9 +476,6 @@ class ModelRegistry:
         options = read_options(request)
         model = self._by_model_id(request.model_id)
         clock = Clock()
-        if model.configuration.auto_load:
-            await model.ensure_loaded()
-            clock.load = time.monotonic() - clock.start
         running = Running(options.request_id or f"req-{os.urandom(12).hex()}")
         if running.request_id in self._running:
             raise WrongState(
@@ -470,14 +484,17 @@ class ModelRegistry:
                 hint="Choose another request_id, or none.",
             )
         self._running[running.request_id] = running
-        waiting = time.monotonic()
+        auto_load = bool(model.configuration.auto_load)
         try:
-            async with model.use(running, options.idle_ttl) as (http, capabilities):
+            async with model.use(running, options.idle_ttl, auto_load=auto_load) as turn:
                 clock.sent = time.monotonic()
-                clock.queue = clock.sent - waiting
+                clock.load = turn.load_seconds
+                clock.queue = clock.sent - clock.start - clock.load
+                http = turn.http
                 configuration = model.configuration
                 defaults = self._stored.sorted(configuration).generation
-                path, body = to_openai(request, options, defaults, capabilities.api or "chat", http.endpoint.model)
+                api = turn.capabilities.api or "chat"
+                path, body = to_openai(request, options, defaults, api, http.endpoint.model)
                 collector = Collector()
                 if send is None:
                     collector.add_whole(await http.json("POST", path, body))
@@ -521,6 +538,9 @@ class ModelRegistry:
         queued = configuration.max_queued
         model.admission.max_queued = self._settings.max_queued if queued is None else queued
 
+    def _retire_deleted(self, model: Model) -> None:
+        model.retire(ModelNotFound(f"`{model.configuration.model_id}` was deleted.", param="model_id"))
+
     def _remove(self, model: Model) -> None:
         if self._models.pop(model.configuration.model_id, None) is not None:
             self._changed(model, "deleted")
@@ -541,10 +561,24 @@ class ModelRegistry:
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
-                if self._behind or await self._stored.changed_elsewhere():
-                    self._take_over(await self._stored.read())
+                await self._catch_up()
+                await self._loader.release_again()
+                await self._see_owners()
             except Exception as error:  # noqa: BLE001  # the next turn tries again
                 self._log.warning("The configurations could not be read again: %s", type(error).__name__)
+
+    async def _catch_up(self) -> None:
+        if self._behind or await self._stored.changed_elsewhere():
+            self._take_over(await self._stored.read())
+
+    async def _see_owners(self) -> None:
+        """Note which models other servers of this home have."""
+        owners = await self._stored.owners()
+        for model in self._models.values():
+            owner = owners.get(model.configuration.config_id)
+            if model.owner != owner:
+                model.owner = owner
+                self._changed(model, "updated")
 
     def _take_over(self, configurations: list[Configuration]) -> None:
         stored = {configuration.config_id: configuration for configuration in configurations}
@@ -559,7 +593,9 @@ class ModelRegistry:
                 if model.live:
                     self._behind = True
                 else:
+                    self._retire_deleted(model)
                     self._remove(model)
+                    model.start_unloading()  # ends a restart that is due
             elif theirs != ours:
                 self._apply(model, theirs)
                 self._changed(model, "updated")

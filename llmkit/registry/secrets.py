@@ -25,6 +25,7 @@ from pydantic import JsonValue
 
 from llmkit.engines.http import origin_of
 from llmkit.errors import KeyMissing, KeyNotAllowed
+from llmkit.schemas import Configuration
 
 ARGUMENT = "api_key"
 DEFAULT_VARIABLE = "OPENAI_API_KEY"
@@ -165,9 +166,11 @@ def is_mark(value: object) -> bool:
 
 
 class SecretFiles:
-    """One 0600 file for each configuration that has a raw key. All methods block.
+    """One 0600 file for each raw key. All methods block.
 
-    A file a configuration, rather than one for all, so that two servers never overwrite each other's.
+    A file a key, named after its configuration and the time at which it was set, rather than one that is overwritten:
+    the configuration says which one holds, so that a crash in the middle of a change leaves the old key with the old
+    configuration; and two servers never overwrite each other's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -175,19 +178,23 @@ class SecretFiles:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
 
-    def _path(self, config_id: str) -> Path:
-        return self.folder / f"{UUID(config_id)}.json"
+    def _path(self, config_id: str, set_at: str) -> Path:
+        return self.folder / f"{UUID(config_id)}.{_name_of(set_at)}.json"
 
-    def read(self, config_id: str) -> Secret | None:
-        """Read the key of a configuration."""
+    def read(self, configuration: Configuration) -> Secret | None:
+        """Read the key that a configuration refers to."""
+        set_at = set_at_of(configuration)
+        if set_at is None:
+            return None
         try:
-            return Secret(**json.loads(self._path(config_id).read_text("utf-8")))
+            secret = Secret(**json.loads(self._path(configuration.config_id, set_at).read_text("utf-8")))
         except (FileNotFoundError, ValueError, TypeError):
             return None
+        return secret if secret.set_at == set_at else None
 
     def write(self, config_id: str, secret: Secret) -> None:
-        """Write the key of a configuration; after a crash the file is the old one or the new one."""
-        path = self._path(config_id)
+        """Write a key; after a crash the file is whole or not there."""
+        path = self._path(config_id, secret.set_at)
         scratch = path.with_suffix(f".{uuid4().hex}.new")
         body = {"value": secret.value, "origin": secret.origin, "set_at": secret.set_at}
         try:
@@ -201,19 +208,43 @@ class SecretFiles:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def delete(self, config_id: str) -> None:
-        """Delete the key of a configuration, if there is one."""
-        self._path(config_id).unlink(missing_ok=True)
+    def delete(self, config_id: str, secret: Secret | None) -> None:
+        """Delete a key of a configuration, if there is one."""
+        if secret is not None:
+            self._path(config_id, secret.set_at).unlink(missing_ok=True)
 
-    def delete_orphans(self, known: set[str]) -> None:
-        """Delete keys whose configuration is gone, which a crash between two writes can leave.
+    def delete_orphans(self, known: Mapping[str, Configuration | None]) -> None:
+        """Delete keys that nothing refers to, which a crash between two writes can leave.
 
         A file younger than a minute stays: its configuration may be on the way in another server.
+
+        Parameters
+        ----------
+        known
+            Every configuration by its ``config_id``; None for one that cannot be read, whose keys stay.
         """
+        kept = {
+            f"{config_id}.{_name_of(set_at)}.json"
+            for config_id, configuration in known.items()
+            if configuration is not None and (set_at := set_at_of(configuration)) is not None
+        }
+        unread = {config_id for config_id, configuration in known.items() if configuration is None}
         for path in self.folder.iterdir():
+            if path.name in kept or path.name.split(".")[0] in unread:
+                continue
             with contextlib.suppress(FileNotFoundError):
-                if path.name.split(".")[0] not in known and time.time() - path.stat().st_mtime > _ORPHAN_AGE_SECONDS:
+                if time.time() - path.stat().st_mtime > _ORPHAN_AGE_SECONDS:
                     path.unlink()
+
+
+def _name_of(set_at: str) -> str:
+    return hashlib.sha256(set_at.encode()).hexdigest()[:16]
+
+
+def set_at_of(configuration: Configuration) -> str | None:
+    """Give when the raw key of a configuration was set, or None if it has none."""
+    mark = key_of(configuration.model_kwargs)
+    return str(mark.get("set_at")) if isinstance(mark, dict) and is_mark(mark) else None
 
 
 def key_of(model_kwargs: Mapping[str, Any]) -> JsonValue:

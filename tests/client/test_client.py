@@ -200,6 +200,26 @@ def test_interrupting_a_load_cancels_it_on_the_server(
     gate.open.set()
 
 
+def test_interrupting_the_wait_for_a_load_of_somebody_else_leaves_it(
+    client: Client, upstream: MockUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(client, upstream)
+    gate = Gate(upstream, "/v1/models")
+    client.start_loading("ask")
+    assert gate.reached.wait(10)
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmkit.client.loading.time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client.load("ask", progress=False)
+    monkeypatch.undo()
+    assert client.model("ask").status == "loading"
+    gate.open.set()
+    assert client.load("ask", progress=False).status == "loaded"
+
+
 def test_a_load_that_somebody_else_cancels_says_so(client: Client, upstream: MockUpstream) -> None:
     configure(client, upstream)
     gate = Gate(upstream, "/v1/models")
@@ -244,7 +264,8 @@ def test_a_short_silence_of_the_server_does_not_end_the_wait_for_a_load(
 
     model = {"model_id": "m", "config_id": "c", "model_name": "n", "model_type": "vllm", "status": "loading"}
     with connect(fake.url) as client:
-        answers: list[Any] = [ServerNotFound("no"), ServerNotFound("no"), {**model, "status": "loaded"}]
+        unloaded, loaded = ({**model, "status": status} for status in ("unloaded", "loaded"))
+        answers: list[Any] = [unloaded, ServerNotFound("no"), ServerNotFound("no"), loaded]
         fake.replies["GET", "/llm/models/m"] = (200, model)
         fake.replies["POST", "/llm/load_model/c"] = (202, model)
         ask = client.model
@@ -256,12 +277,10 @@ def test_a_short_silence_of_the_server_does_not_end_the_wait_for_a_load(
                 raise answer
             return type(ask("m")).model_validate(answer)
 
-        started = client.start_loading("m")
-        assert started.status == "loading"
-        monkeypatch.setattr(client, "start_loading", lambda _, **options: started)
+        assert client.start_loading("m").status == "loading"
         monkeypatch.setattr(client, "model", sometimes)
         assert client.load("m", progress=False).status == "loaded"
-        answers = [ServerNotFound("no")] * 100
+        answers = [unloaded, *[ServerNotFound("no")] * 100]
         monkeypatch.setattr("llmkit.client.loading._PATIENCE_SECONDS", 0.2)
         with pytest.raises(ServerNotFound):
             client.load("m", progress=False)

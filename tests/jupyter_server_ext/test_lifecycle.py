@@ -162,7 +162,9 @@ async def test_what_another_server_has_loaded_can_be_neither_deleted_nor_changed
             answer = await call(method, path, sent)
             assert (answer.status, answer.json["error"]["code"]) == (409, "model_live_elsewhere")
             assert "http://other:8888/" in answer.json["error"]["message"]
-        assert (await call("GET", f"llm/configuration/{config_id}")).json["model_id"] == "s"
+        async with asyncio.timeout(5):
+            while (await call("GET", "llm/models/s")).json["owner"] != "http://other:8888/":
+                await asyncio.sleep(0.02)
         await other.unload("s")
         async with asyncio.timeout(5):
             while (await call("DELETE", f"llm/configuration/{config_id}")).status != 200:

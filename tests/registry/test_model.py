@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from llmkit.errors import (
     ModelUnloaded,
     QueueFull,
     ServerStopping,
+    WrongState,
 )
-from llmkit.registry.model import Running
 from llmkit.registry.policies import LoadRecord
+from llmkit.registry.running import Running
 
 
 async def test_callers_of_load_share_one_start(tmp_path: Path) -> None:
@@ -197,12 +199,13 @@ async def test_after_a_crash_loads_and_unloads_wait_until_the_old_engine_is_gone
     with pytest.raises(ModelNotLoaded, match="failed"):
         async with stage.model.use(Running("r")):
             pass
-    assert not stage.model.start_loading()
-    loading = asyncio.create_task(stage.model.ensure_loaded())
+    loading = stage.model.start_loading()
+    told = stage.model.snapshot()
+    assert (told.status, told.phase, told.error) == ("loading", "queued", None)
     await asyncio.sleep(0.01)
     assert len(stage.engine_type.engines) == 1
     first.may_stop.set()
-    await loading
+    assert await loading is None
     assert (stage.model.status, first.stops, len(stage.engine_type.engines)) == ("loaded", 1, 2)
     await stage.model.unload()
     assert stage.engine.stops == 1
@@ -360,8 +363,146 @@ async def test_a_model_expires_after_its_last_request(tmp_path: Path) -> None:
     assert stage.model.snapshot().expires_at is None
 
 
-async def test_an_eviction_says_why_and_lets_a_late_request_finish(tmp_path: Path) -> None:
+async def test_an_eviction_says_why_and_no_request_comes_in_after_the_decision(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     await stage.loaded()
-    await stage.model.evict("idle for 5 s")
+    unloading = stage.model.start_unloading(reason="idle for 5 s")
+    with pytest.raises(ModelNotLoaded, match="being unloaded"):
+        async with stage.model.use(Running("late")):
+            pass
+    await unloading
     assert stage.model.snapshot().reason == "idle for 5 s"
+
+
+async def test_an_unload_cancels_the_load_that_waits_for_another_unload(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    stage.engine.may_stop.clear()
+    first = asyncio.create_task(stage.model.unload())
+    await asyncio.sleep(0)
+    waiting = stage.model.start_loading()
+    assert stage.model.status == "unloading"
+    second = asyncio.create_task(stage.model.unload())
+    await asyncio.sleep(0)
+    stage.engine.may_stop.set()
+    await asyncio.gather(first, second)
+    assert isinstance(await waiting, LoadCancelled)
+    await asyncio.sleep(0.01)
+    assert (stage.model.status, len(stage.engine_type.engines)) == ("unloaded", 1)
+
+
+async def test_a_load_after_an_unload_follows_it_without_a_gap(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    unloading = stage.model.start_unloading()
+    waiting = stage.model.start_loading()
+    assert stage.model.start_loading() is waiting
+    await unloading
+    assert stage.model.status == "loading"
+    while len(stage.engine_type.engines) < 2:
+        await asyncio.sleep(0)
+    stage.engine.ready.set()
+    assert await waiting is None
+    await stage.model.unload()
+
+
+async def test_of_two_drains_the_one_that_ends_first_counts(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    running = asyncio.create_task(hold(stage))
+    await asyncio.sleep(0)
+    patient = asyncio.create_task(stage.model.unload(drain=3600))
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    await asyncio.wait_for(stage.model.unload(drain=0.1), 5)
+    assert 0.08 < time.monotonic() - started < 2
+    await patient
+    with pytest.raises(ModelUnloaded):
+        await running
+
+
+async def hold(stage: Stage, seconds: float = 60.0) -> str:
+    async with stage.model.use(Running("r")):
+        await asyncio.sleep(seconds)
+    return "done"
+
+
+async def test_requests_that_wait_are_answered_in_the_drain_too(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, max_in_flight=1)
+    await stage.loaded()
+    requests = [asyncio.create_task(hold(stage, 0.02)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert (stage.model.admission.in_flight, stage.model.admission.queued) == (1, 2)
+    await stage.model.unload(drain=10)
+    assert await asyncio.gather(*requests) == ["done"] * 3
+
+
+async def test_requests_that_wait_longer_than_the_drain_are_ended(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, max_in_flight=1)
+    await stage.loaded()
+    requests = [asyncio.create_task(hold(stage)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await stage.model.unload(drain=0.05)
+    ended = await asyncio.gather(*requests, return_exceptions=True)
+    assert [type(one) for one in ended] == [ModelUnloaded] * 3
+    assert not stage.model.busy
+
+
+async def test_requests_that_load_a_model_wait_in_its_queue_and_can_be_cancelled(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, max_in_flight=2, max_queued=1)
+
+    async def request(running: Running) -> str:
+        running.task = asyncio.current_task()
+        async with stage.model.use(running, auto_load=True) as turn:
+            assert turn.load_seconds > 0
+        return "done"
+
+    running = [Running(str(number)) for number in range(5)]
+    requests = [asyncio.create_task(request(one)) for one in running]
+    while not stage.engine_type.engines:
+        await asyncio.sleep(0)
+    assert stage.model.admission.queued == 3
+    assert all(isinstance(one.exception(), QueueFull) for one in requests[3:])
+    running[0].abort(WrongState("The request was cancelled."))
+    await asyncio.sleep(0.01)
+    assert isinstance(requests[0].exception(), WrongState)
+    stage.engine.ready.set()
+    assert await asyncio.gather(*requests[1:3]) == ["done"] * 2
+    assert len(stage.engine_type.engines) == 1
+    await stage.model.unload()
+
+
+async def test_requests_do_not_load_again_and_again_what_fails(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.engine_type.failure = LoadFailed("It is broken.")
+    for _ in range(20):
+        with pytest.raises(LoadFailed, match="broken"):
+            async with stage.model.use(Running("r"), auto_load=True):
+                pass
+    assert len(stage.engine_type.engines) == 1
+    with pytest.raises(LoadFailed):
+        await stage.model.ensure_loaded()  # who asks for it gets it
+    assert len(stage.engine_type.engines) == 2
+
+
+async def test_an_engine_that_cannot_be_watched_any_more_has_failed(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    await stage.loaded()
+    stage.engine.watch_error = OSError("no more files")
+    stage.engine.ended.set()
+    while stage.model.status == "loaded":
+        await asyncio.sleep(0)
+    assert stage.model.status == "failed"
+    await stage.model.unload()
+    assert stage.engine.stops == 1
+
+
+async def test_a_load_that_a_stopping_server_cancels_says_so(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    loading = asyncio.create_task(stage.model.ensure_loaded())
+    while not stage.engine_type.engines:
+        await asyncio.sleep(0)
+    stage.model.retire(ServerStopping("The server is stopping."))
+    await stage.model.unload()
+    with pytest.raises(ServerStopping):
+        await loading

@@ -11,7 +11,7 @@ from model_stage import Stage
 
 from llmkit.errors import LoadFailed, ServerStopping
 from llmkit.registry import policies
-from llmkit.registry.model import Running
+from llmkit.registry.running import Running
 
 
 @pytest.fixture(autouse=True)
