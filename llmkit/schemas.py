@@ -220,6 +220,7 @@ class Download(Wire):
     done_bytes: int
     total_bytes: int | None = None
     bytes_per_second: float | None = None
+    eta_seconds: float | None = None
 
 
 class Model(Wire):
@@ -245,6 +246,7 @@ class Model(Wire):
     memory: Memory = Memory()
     capabilities: Capabilities = Capabilities()
     owner: str | None = None
+    """Address of another Jupyter server of this home that has the model loaded."""
     error: ModelError | None = None
 
 

@@ -123,7 +123,8 @@ def describe_download(download: schemas.Download) -> str:
     """Give bytes and rate of a download for a person."""
     whole = f" of {describe_bytes(download.total_bytes)}" if download.total_bytes is not None else ""
     rate = f", {describe_bytes(int(download.bytes_per_second))}/s" if download.bytes_per_second else ""
-    return f"{describe_bytes(download.done_bytes)}{whole}{rate}"
+    left = f", {download.eta_seconds:.0f} s left" if download.eta_seconds is not None else ""
+    return f"{describe_bytes(download.done_bytes)}{whole}{rate}{left}"
 
 
 def describe_memory(memory: schemas.Memory) -> str:

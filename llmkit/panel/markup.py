@@ -47,11 +47,18 @@ def model_head(model: Model) -> str:
             facts.append(memory)
         if model.load_seconds is not None:
             facts.append(f"loaded in {seconds_in_words(model.load_seconds)}")
+    elif model.status == "failed" and model.error is not None:
+        # The error card says the rest.
+        facts.append((model.reason or "").removeprefix(model.error.message.removesuffix(".")).strip(". "))
+    else:
+        facts.append(model.reason or "")
+    if model.owner:
+        facts.append(f"in use by {model.owner}")
     # Only the status is announced: a reader need not hear the facts again.
     return (
         f'<div class="llmkit-name"><span>{escape(model.model_id)}</span> '
         f'<span class="llmkit-status llmkit-is-{model.status}" role="status">{STATUS_WORDS[model.status]}</span></div>'
-        f'<div class="llmkit-facts">{" · ".join(map(escape, facts))}</div>'
+        f'<div class="llmkit-facts">{" · ".join(map(escape, filter(None, facts)))}</div>'
     )
 
 

@@ -35,6 +35,8 @@ _MOST_BYTES: Final = 65536
 _MOST_HOLDERS: Final = 5
 _LOG: Final = logging.getLogger(__name__)
 _MOST_PERCENT: Final = 90
+_MARGIN_BYTES: Final = 512 << 20
+"""What the driver and others take of a GPU while an engine starts."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,18 @@ class Reservation:
     """GPUs that are set aside for one engine, until `release` or the end of this server.
 
     One that nobody holds any more is given back, too: a load can be cancelled while its thread still chooses.
+
+    Attributes
+    ----------
+    gpus
+        Their indices.
+    share
+        The share of each of them that was free, 0.9 at most.
     """
 
-    def __init__(self, gpus: list[int], path: Path, file: int) -> None:
+    def __init__(self, gpus: list[int], share: float, path: Path, file: int) -> None:
         self.gpus = gpus
+        self.share = share
         self._give_back = weakref.finalize(self, _give_back, path, file)
 
     def release(self) -> None:
@@ -105,7 +115,7 @@ class Placement:
         self._folder = folder
         self._ignored: set[str] = set()
 
-    def reserve(self, count: int, bytes_each: int, *, wait: float = 10.0) -> Reservation:
+    def reserve(self, count: int, bytes_each: int, *, everything: bool = False, wait: float = 10.0) -> Reservation:
         """Set GPUs aside for an engine.
 
         Parameters
@@ -114,6 +124,8 @@ class Placement:
             How many.
         bytes_each
             What is needed on each; 0 takes those with the most room.
+        everything
+            Set aside all that is free there, for an engine that takes what it finds.
         wait
             Seconds to wait while another server chooses.
 
@@ -136,9 +148,11 @@ class Placement:
                 chosen = choose(rooms, count, bytes_each)
                 if chosen is None:
                     raise self._no_room(devices, rooms, kept, count, bytes_each)
-                # Who takes what there is sets all of it aside.
-                sizes = {room.index: bytes_each or room.free_bytes for room in rooms if room.index in chosen}
-                return Reservation(chosen, *self._keep(_Kept(pid=os.getpid(), gpus=sizes)))
+                free = {room.index: room.free_bytes for room in rooms if room.index in chosen}
+                sizes = free if everything or not bytes_each else dict.fromkeys(free, bytes_each)
+                totals = {gpu.index: gpu.total_bytes for gpu in devices.gpus}
+                share = min(utilization(left, totals[index], _MARGIN_BYTES) for index, left in free.items())
+                return Reservation(chosen, share, *self._keep(_Kept(pid=os.getpid(), gpus=sizes)))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull("There is no room on the disk to set a GPU aside.", hint="Free space there.") from error

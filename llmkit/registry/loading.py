@@ -18,7 +18,7 @@ from uuid import UUID
 from llmkit.engines.base import Engine, EngineContext
 from llmkit.errors import ConfigurationNotFound, LLMKitError, NoRoom
 from llmkit.process.devices import Devices
-from llmkit.process.placement import Placement, Reservation, utilization
+from llmkit.process.placement import Placement, Reservation
 from llmkit.registry.configurations import Configurations
 from llmkit.registry.model import Model
 from llmkit.registry.policies import Candidate, LoadRecord, Room, make_room
@@ -26,8 +26,6 @@ from llmkit.registry.secrets import ARGUMENT
 from llmkit.schemas import Configuration, LoadPlan, Memory, MemoryEstimate
 
 _GIB: Final = 1 << 30
-_GPU_MARGIN: Final = 512 << 20
-"""What the driver and others take while an engine starts."""
 _ROUNDS: Final = 4
 """So often is room looked for: what is being unloaded by others may be the room."""
 _RAM: Final = -1
@@ -103,7 +101,7 @@ class Loader:
         self._local.discard(configuration.config_id)
         if estimate is not None:
             load = await self._let_in(configuration, estimate, force=force)
-        gpus = tuple(load.reservation.gpus) if load and load.reservation else ()
+        reservation = load.reservation if load is not None else None
         context = EngineContext(
             # Short: the path of a unix socket in it has at most 107 bytes.
             run_dir=self._run_dir / UUID(configuration.config_id).hex[:12],
@@ -112,8 +110,8 @@ class Loader:
             logger=self._log,
             stall_seconds=self._stall_seconds,
             devices=self.devices,
-            gpus=gpus,
-            gpu_memory_utilization=await self._free_share(load.reservation) if load and load.reservation else None,
+            gpus=tuple(reservation.gpus) if reservation is not None else (),
+            gpu_memory_utilization=reservation.share if reservation is not None else None,
         )
         engine = engine_type.create(configuration, context)
         if load is not None:
@@ -128,6 +126,10 @@ class Loader:
         except LLMKitError as error:
             # A full disk is no reason not to load; another server could delete the configuration meanwhile.
             self._log.warning("Other servers could not be told of the load of %s: %s", configuration.model_id, error)
+
+    def is_here(self, model: Model) -> bool:
+        """Say whether the engine of a loaded model runs on this machine."""
+        return model.configuration.config_id in self._local
 
     def settled(self, model: Model) -> None:
         """Give back what was set aside for a load that has ended."""
@@ -234,16 +236,10 @@ class Loader:
         return make_room(each, free, candidates, count=count, surplus=self._surplus(configuration), force=force)
 
     async def _reserve(self, estimate: MemoryEstimate, *, force: bool) -> Reservation:
-        """Set GPUs aside; one whose engine takes what there is gets all that is free."""
+        """Set GPUs aside."""
         each = 0 if force or estimate.total_bytes is None else estimate.total_bytes // estimate.device_count
-        reserve = partial(self.placement.reserve, estimate.device_count, each, all_free=estimate.elastic or not each)
-        reserving = asyncio.ensure_future(asyncio.to_thread(reserve))
-        try:
-            return await asyncio.shield(reserving)
-        except asyncio.CancelledError:
-            # The thread goes on; nobody waits for what it sets aside.
-            reserving.add_done_callback(_give_back)
-            raise
+        reserve = partial(self.placement.reserve, estimate.device_count, each, everything=estimate.elastic)
+        return await asyncio.to_thread(reserve)
 
     async def _free(self, estimate: MemoryEstimate) -> dict[int, int] | None:
         """Measure what is free on each device, without what other loads are about to take; None if nobody can say."""
@@ -257,17 +253,6 @@ class Loader:
                 held = (await load.engine.memory()).pss_bytes if load.engine else None
                 free -= max(0, load.estimate.total_bytes - (held or 0))
         return {_RAM: max(0, free)}
-
-    async def _free_share(self, reservation: Reservation) -> float | None:
-        """Give the share of each reserved GPU that is free for this engine."""
-        devices = await asyncio.to_thread(self.devices.read)
-        reserved = await asyncio.to_thread(self.placement.reservations)
-        shares = []
-        for gpu in devices.gpus:
-            if gpu.index in reservation.sizes:
-                others = reserved.get(gpu.index, 0) - reservation.sizes[gpu.index]
-                shares.append(utilization(gpu.free_bytes - max(0, others), gpu.total_bytes, _GPU_MARGIN))
-        return min(shares, default=None)
 
     def _candidates(self, configuration: Configuration, estimate: MemoryEstimate) -> list[Candidate]:
         found = []
@@ -359,8 +344,3 @@ def _usable(free: dict[int, int] | None, estimate: MemoryEstimate) -> int | None
         return None
     best = sorted(free.values(), reverse=True)[: estimate.device_count]
     return min(best) * estimate.device_count if len(best) == estimate.device_count else 0
-
-
-def _give_back(reserving: asyncio.Future[Reservation]) -> None:
-    if not reserving.cancelled() and reserving.exception() is None:
-        reserving.result().release()

@@ -193,11 +193,10 @@ def forecast(
     if earlier is None:
         return None
     if download is not None:
-        if not download.total_bytes or not download.bytes_per_second:
+        if download.eta_seconds is None:
             return None
-        left = (download.total_bytes - download.done_bytes) / download.bytes_per_second
         reached = earlier.steps.get(step, 0.0) if step else 0.0
-        return max(left, 0.0) + max(earlier.seconds - reached, 0.0)
+        return download.eta_seconds + max(earlier.seconds - reached, 0.0)
     reached = earlier.steps.get(step, 0.0) if step else 0.0
     following = min((s for s in earlier.steps.values() if s > reached), default=earlier.seconds)
     # A step that takes longer than last time holds the clock until the next is reached.

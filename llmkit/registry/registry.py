@@ -196,16 +196,20 @@ class ModelRegistry:
     async def devices(self) -> schemas.Devices:
         """Give CPU, RAM and GPUs, with the share of every model."""
         devices = await asyncio.to_thread(self._loader.devices.read)
-        memories = [(model.configuration.model_id, await model.measure()) for model in list(self._models.values())]
+        loaded = [model for model in self._models.values() if model.status == "loaded"]
+        memories = {model.configuration.model_id: await model.measure() for model in loaded}
+        here = {model.configuration.model_id for model in loaded if self._loader.is_here(model)}
         devices.ram.shares = [
-            schemas.Share(model_id=name, bytes=memory.pss_bytes) for name, memory in memories if memory.pss_bytes
+            schemas.Share(model_id=name, bytes=memory.pss_bytes)
+            for name, memory in memories.items()
+            if memory.pss_bytes is not None or name in here
         ]
         reserved = await asyncio.to_thread(self._loader.placement.reservations)
         for gpu in devices.gpus:
             gpu.reserved_bytes = reserved.get(gpu.index, 0)
             gpu.shares = [
                 schemas.Share(model_id=name, bytes=held)
-                for name, memory in memories
+                for name, memory in memories.items()
                 if (held := memory.gpus.get(gpu.index))
             ]
         return devices

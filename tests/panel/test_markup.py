@@ -52,6 +52,16 @@ def test_a_loaded_model_shows_what_is_known_and_nothing_else() -> None:
         assert part in full
 
 
+def test_why_a_model_is_not_loaded_and_what_follows_is_told() -> None:
+    assert "idle for 60 s" in markup.model_head(model(status="unloaded", reason="idle for 60 s"))
+    assert "in use by http://other:8888/" in markup.model_head(model(owner="http://other:8888/"))
+    error = {"code": "engine_crashed", "message": "vLLM was ended by signal 9."}
+    failed = model(status="failed", reason="vLLM was ended by signal 9. It is started again in 4 s.", error=error)
+    head = markup.model_head(failed)
+    assert "It is started again in 4 s" in head
+    assert "signal 9" not in head
+
+
 def test_a_load_shows_phase_share_seconds_and_what_is_left() -> None:
     label = markup.load_label(model(status="loading", phase="weights", progress=0.5, eta_seconds=8), 12.3)
     assert "Loading the weights · 50% · 12 s · about 8.0 s left" in label

@@ -365,23 +365,26 @@ def test_two_who_look_at_once_do_not_take_each_other_for_the_server(make: Make, 
     placement = make(FakeGPU(24 * GIB))
     folder.mkdir(parents=True)
     wrong: list[object] = []
+    done = threading.Event()
 
     def look() -> None:
-        wrong.extend(found for _ in range(300) if (found := placement.reservations()))
+        while not done.is_set():
+            wrong.extend(filter(None, [placement.reservations()]))
 
     threads = [threading.Thread(target=look) for _ in range(4)]
     for thread in threads:
         thread.start()
-    number = 0
-    while any(thread.is_alive() for thread in threads):
+    for number in range(300):
         new = folder / "abandoned"
         new.write_text('{"pid": 1, "gpus": {"0": 5}}')
         new.rename(folder / f"{number}.json")
-        number += 1
+        time.sleep(0.001)
+    done.set()
     for thread in threads:
         thread.join()
-    assert number > 10
     assert wrong == []
+    assert placement.reservations() == {}
+    assert files(folder) == []
 
 
 # -- faults ------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_what_is_left_is_learnt_from_the_last_load() -> None:
 
 
 def test_a_download_counts_by_its_bytes() -> None:
-    half = Download(done_bytes=50, total_bytes=100, bytes_per_second=10.0)
+    half = Download(done_bytes=50, total_bytes=100, bytes_per_second=10.0, eta_seconds=5.0)
     assert forecast(None, None, 0.0, 1.0, half) is None  # what follows the download is not known
     assert forecast(EARLIER, "arguments", 8.0, 9.0, half) == 27.0
     assert forecast(EARLIER, None, 0.0, 1.0, Download(done_bytes=50)) is None

@@ -259,7 +259,7 @@ class Trial:
             stored.claim(configuration),
             stored.add_load(configuration.config_id, "hash", 0.0, 1.0, {"a": 1}),
             stored.last_load(configuration.config_id, "hash"),
-            stored.release(configuration),
+            stored.release(configuration.config_id),
         ):
             try:
                 await work

@@ -43,8 +43,9 @@ _LONGEST_NAME: Final = 37
 """Of a socket in the engine's folder: vLLM names its own with a UUID."""
 _ALIVE_SHARE: Final = 0.01
 """Share of one core below which processes merely wait."""
-_SIZES: Final = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 _KV_CACHE_BYTES: Final = 4 << 30
+_LEAST_ON_GPU_BYTES: Final = 128 << 20
+"""Every process with CUDA holds more of its GPU than this, before it does anything."""
 
 DEMO_DEFAULTS: Final = {"enforce_eager": True, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 16, "offline": True}
 """Arguments of the demo model that were not given: its engine takes less than 2 GB."""
@@ -133,6 +134,10 @@ class VLLMEngineType:
         return VLLMEngine(configuration, context, given, self._command, self._environ)
 
 
+def _is_sized(arguments: VLLMArguments) -> bool:
+    return arguments.gpu_memory_utilization is not None or arguments.kv_cache_memory_bytes is not None
+
+
 def _uses_gpu() -> bool:
     return has_nvidia_gpu() and installed("vllm") is not None
 
@@ -156,10 +161,13 @@ class VLLMEngine:
         command: Sequence[str],
         environ: Mapping[str, str],
     ) -> None:
-        if context.gpu_memory_utilization is not None and not _SIZES & given.keys():
-            given = {**given, "gpu_memory_utilization": context.gpu_memory_utilization}
         self._model_name = configuration.model_name
         self._arguments = _arguments(configuration.model_name, environ, given)
+        if context.gpu_memory_utilization is not None and not _is_sized(self._arguments):
+            share = {"gpu_memory_utilization": context.gpu_memory_utilization}
+            self._arguments = self._arguments.model_copy(update=share)
+        self._nests = isinstance(configuration.model_kwargs.get("engine"), dict)
+        self._gpus = context.gpus
         self._devices = context.devices
         self._run_dir = context.run_dir
         self._log_file = context.log_file
@@ -282,7 +290,11 @@ class VLLMEngine:
         ended = self._kept.ended
         if ended is not None and ended.guardian_lost:
             return LoadFailed(_describe(ended), details={"log_tail": lines[-LOG_TAIL_LINES:]})
-        return explain(lines, self._model_name, ended.returncode if ended else None)
+        error = explain(lines, self._model_name, ended.returncode if ended else None)
+        fix = error.details.get("fix")
+        if fix is not None and self._nests:  # as the configuration has it, so that the two can be joined
+            error.details["fix"] = {"model_kwargs": {"engine": fix["model_kwargs"]}}
+        return error
 
     async def _ask_capabilities(self, http: EngineHTTP) -> Capabilities:
         models = await http.json("GET", "/v1/models")
@@ -320,19 +332,29 @@ class VLLMEngine:
         loaded = self._ready and self._kept.ended is None
         held = await self.memory() if loaded else Memory(reason="it was not loaded")
         pids = [process.pid for process in await self._kept.processes()] if _uses_gpu() else []
+        free = await asyncio.to_thread(self._free_on_gpus) if pids else 0
         gone = await self._kept.stop()
         if gone and pids:
-            gone = await self._gpu_memory_is_back(pids)
+            gone = await self._gpu_memory_is_back(pids if held.gpus else [], free)
         return held.model_copy(update={"verified": gone})
 
-    async def _gpu_memory_is_back(self, pids: list[int]) -> bool:
-        """Say whether the GPUs hold nothing any more for processes that are gone; a driver can take its time."""
+    async def _gpu_memory_is_back(self, pids: list[int], free: int) -> bool:
+        """Say whether the GPUs hold nothing any more for processes that are gone; a driver can take its time.
+
+        Where the driver does not say who holds what, more has to be free than before.
+        """
         deadline = time.monotonic() + _GPU_SECONDS
-        while await asyncio.to_thread(self._devices.gpus_of, pids):
+        while True:
+            if pids and not await asyncio.to_thread(self._devices.gpus_of, pids):
+                return True
+            if not pids and await asyncio.to_thread(self._free_on_gpus) >= free + _LEAST_ON_GPU_BYTES:
+                return True
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(_POLL_SECONDS)
-        return True
+
+    def _free_on_gpus(self) -> int:
+        return sum(gpu.free_bytes for gpu in self._devices.read().gpus if not self._gpus or gpu.index in self._gpus)
 
     async def wait_exit(self) -> EngineExit:
         """Return when the engine ended without being asked to."""
@@ -353,22 +375,28 @@ class VLLMEngine:
 
     async def memory(self) -> Memory:
         """Measure what the engine's processes hold."""
+        reasons = []
+        pss = None
         try:
             pss = await asyncio.wait_for(self._kept.pss_bytes(), _MEASURE_SECONDS)
+            if pss is None:
+                return Memory(reason="no process of the engine runs")
         except TimeoutError:
-            return Memory(reason="the memory could not be measured in time")
-        if pss is None:
-            return Memory(reason="no process of the engine runs")
+            reasons.append("the main memory could not be measured in time")
         if not _uses_gpu():
-            return Memory(pss_bytes=pss, verified=True, reason="the engine runs on the CPU")
+            reasons.append("the engine runs on the CPU")
+            return Memory(pss_bytes=pss, verified=pss is not None, reason="; ".join(reasons))
         pids = [process.pid for process in await self._kept.processes()]
         gpus = await asyncio.to_thread(self._devices.gpus_of, pids)
+        if not gpus and (gpus is None or self._ready):  # a loaded engine holds some, whatever the driver says
+            gpus = None
+            reasons.append("the GPU does not say who holds its memory")
         return Memory(
             pss_bytes=pss,
             gpu_bytes=sum(gpus.values()) if gpus is not None else None,
             gpus=gpus or {},
-            verified=True,
-            reason=None if gpus is not None else "the GPU does not say who holds its memory",
+            verified=not reasons,
+            reason="; ".join(reasons) or None,
         )
 
 

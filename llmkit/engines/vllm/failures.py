@@ -31,6 +31,10 @@ _GIB: Final = 1 << 30
 _SMALLER = "Lower max_model_len, raise kv_cache_memory_bytes or gpu_memory_utilization, or unload another model."
 _FREE_ON_GPU = re.compile(r"^Free memory on device .*?\((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\)")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*[A-Z]\w*(?:Error|Exception): (?P<message>\S.*)")
+_HARMLESS = re.compile(
+    r"^(?:\(\S+ pid=\d+\) )?(?:DEBUG|INFO|WARNING) |\.py:\d+: \w*Warning: |, retrying \d+ of \d+\s*$"
+)
+"""What a load can go on after is not why it failed."""
 _EMPTY_WORDS = re.compile(
     r"^(?:Engine core initialization failed|WorkerProc initialization failed|EngineCore |Client error )"
     r"|^\d+ validation errors? for "
@@ -51,7 +55,7 @@ def explain(lines: Sequence[str], model_name: str, returncode: int | None) -> LL
     returncode
         How its first process ended; negative for a signal, None if it did not end.
     """
-    words = [clean(line) for line in lines[-READ_LINES:]]
+    words = [clean(line) for line in lines[-READ_LINES:] if not _HARMLESS.search(line)]
     text = "\n".join(words)
     error = None
     for pattern, make in _REASONS:
@@ -127,6 +131,28 @@ def _out_of_memory(found: re.Match[str], _: str) -> LLMKitError:
         param="model_kwargs",
         hint="Unload another model, choose a smaller one, or lower kv_cache_memory_bytes or gpu_memory_utilization.",
         details=_fix("gpu_memory_utilization", round(share, 2)) if share > 0 else None,
+    )
+
+
+def _no_memory_for_cache(_: re.Match[str], __: str) -> LLMKitError:
+    return OutOfMemory(
+        "There is no memory left for the KV cache once the weights are loaded.",
+        param="model_kwargs",
+        hint="Raise gpu_memory_utilization, choose a smaller model, or unload another one.",
+    )
+
+
+def _killed(found: re.Match[str], _: str) -> LLMKitError:
+    return OutOfMemory(
+        f"A part of vLLM was killed while it loaded ({found['parts']}).",
+        hint="Often the system ran out of memory: choose a smaller model or KV cache, or unload another model.",
+    )
+
+
+def _shared_memory_full(_: re.Match[str], __: str) -> LLMKitError:
+    return DiskFull(
+        "The shared memory of the server (/dev/shm) is full.",
+        hint="Give it more, in Docker with --shm-size or --ipc=host, or lower tensor_parallel_size.",
     )
 
 
@@ -239,16 +265,21 @@ _REASONS: Final[list[tuple[re.Pattern[str], Callable[[re.Match[str], str], LLMKi
         ),
         _no_disk_for_download,
     ),
-    (re.compile(r"No space left on device"), _disk_full),
+    (
+        re.compile(r"(?:unable to write to file </torch_|shared memory segment /dev/shm).*No space left on device"),
+        _shared_memory_full,
+    ),
     (
         re.compile(
             r"(?P<message>CUDA out of memory.*|HIP out of memory.*"
             r"|Available memory on node .* is less than requested.*?(?=['\n])"
-            r"|Free memory on device .*|No available memory for the cache blocks|DefaultCPUAllocator: .*"
+            r"|Free memory on device .*|DefaultCPUAllocator: .*"
             r"|Cannot allocate memory)"
         ),
         _out_of_memory,
     ),
+    (re.compile(r"No available memory for the cache blocks"), _no_memory_for_cache),
+    (re.compile(r"No space left on device"), _disk_full),
     (re.compile(r"GatedRepoError|trying to access a gated repo"), _gated),
     (re.compile(r"RevisionNotFoundError|is not a valid git identifier"), _no_revision),
     (
@@ -281,5 +312,6 @@ _REASONS: Final[list[tuple[re.Pattern[str], Callable[[re.Match[str], str], LLMKi
         ),
         _bad_argument,
     ),
+    (re.compile(r"Failed core proc\(s\): \{(?P<parts>[^}]*: -9)\b"), _killed),
 ]
 """From the surest to the vaguest; the first that is found counts."""

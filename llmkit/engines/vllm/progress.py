@@ -132,7 +132,8 @@ class DownloadMeter:
             self._looks.popleft()
         since, then = self._looks[0]
         rate = (done - then) / (now - since) if now - since >= LEAST_RATE_SECONDS else None
-        return Download(done_bytes=done, total_bytes=self._total, bytes_per_second=rate)
+        left = round((self._total - done) / rate, 1) if rate else None
+        return Download(done_bytes=done, total_bytes=self._total, bytes_per_second=rate, eta_seconds=left)
 
     def _size(self) -> int:
         total = 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from fake_engine_type import FakeVLLMEngineType
+from fake_nvml import FakeGPU, FakeNVML
 from support import wait_until
 
 from llmkit.demo import demo_model_path
@@ -23,7 +24,8 @@ from llmkit.engines.base import EngineContext, EngineExit, LoadProgress
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.vllm import engine as module
 from llmkit.engines.vllm.engine import VLLMEngine, VLLMEngineType
-from llmkit.errors import DoesNotFit, LoadFailed, ModelNameNotFound
+from llmkit.errors import DoesNotFit, KVCacheTooSmall, LoadFailed, ModelNameNotFound
+from llmkit.process.devices import Devices
 from llmkit.process.guardian import marked
 from llmkit.schemas import Configuration
 
@@ -47,10 +49,10 @@ def make(run_root: Path, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Iterator
     """Make engines; at the end of the test nothing is left of them: no process, folder or shared memory."""
     made: list[VLLMEngine] = []
 
-    def make(*options: str, model_kwargs: dict[str, Any] | None = None, stall_seconds: float = 60.0) -> VLLMEngine:
+    def make(*options: str, model_kwargs: dict[str, Any] | None = None, **more: Any) -> VLLMEngine:
         engine_type = FakeVLLMEngineType(*options)
         place = run_root / f"e{len(made)}"
-        context = EngineContext(place, place.with_suffix(".log"), None, LOG, stall_seconds=stall_seconds)
+        context = EngineContext(place, place.with_suffix(".log"), None, LOG, **{"stall_seconds": 60.0, **more})
         made.append(engine_type.create(configuration(model_kwargs=model_kwargs or {}), context))
         return made[-1]
 
@@ -279,6 +281,98 @@ async def test_an_engine_that_ends_by_itself_is_noticed(make: Make) -> None:
     ended = await asyncio.wait_for(engine.wait_exit(), SECONDS)
     assert ended == EngineExit("vLLM was ended by signal 11.", -11)
     assert (await engine.stop()).pss_bytes is None
+
+
+@linux
+@pytest.mark.parametrize("victim", [0, 1, 2])
+async def test_the_loss_of_any_part_is_noticed_within_2_seconds(make: Make, victim: int) -> None:
+    engine = make("--setsid")
+    await engine.start(ignore)
+    watching = asyncio.create_task(engine.wait_exit())
+    await asyncio.sleep(0.1)
+    commands = {process: command_of(process.pid) for process in marked(engine.engine_id)}
+    parts = [process for process, command in commands.items() if "fake_engine" in command and "guardian" not in command]
+    assert len(parts) == 3  # API server, core, worker
+    os.kill(sorted(process.pid for process in parts)[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    ended = await asyncio.wait_for(watching, SECONDS)
+    assert time.monotonic() - killed < 2.0
+    assert "signal 9" in ended.message or "A part of vLLM ended" in ended.message
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@linux
+async def test_the_fix_of_a_failure_is_nested_as_the_configuration_is(make: Make) -> None:
+    for model_kwargs, fix in (
+        ({"max_model_len": 600}, {"max_model_len": 500}),
+        ({"engine": {"max_model_len": 600}}, {"engine": {"max_model_len": 500}}),
+    ):
+        with pytest.raises(KVCacheTooSmall) as caught:
+            await make("--kv-cache-tokens=500", model_kwargs=model_kwargs).start(ignore)
+        assert caught.value.details["fix"] == {"model_kwargs": fix}
+
+
+# -- GPUs, by a fake of their driver -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    """Give the one GPU of this machine."""
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(module, "installed", lambda name: "1.0" if name == "vllm" else None)
+    return FakeGPU()
+
+
+@linux
+async def test_a_gpu_engine_tells_what_it_holds_and_is_gone_when_the_driver_says_so(make: Make, gpu: FakeGPU) -> None:
+    engine = make(devices=Devices(FakeNVML(gpu)), gpus=(0,))
+    await engine.start(ignore)
+    core = max(process.pid for process in marked(engine.engine_id))
+    gpu.processes = [(core, 3 << 30)]
+    memory = await engine.memory()
+    assert (memory.gpu_bytes, memory.gpus, memory.verified) == (3 << 30, {0: 3 << 30}, True)
+    asyncio.get_running_loop().call_later(1.0, gpu.processes.clear)  # a driver can take its time
+    started = time.monotonic()
+    freed = await engine.stop()
+    assert time.monotonic() - started > 0.9
+    assert (freed.gpu_bytes, freed.verified) == (3 << 30, True)
+
+
+@linux
+async def test_where_the_driver_names_nobody_nothing_is_said_and_free_memory_is_the_proof(
+    make: Make, gpu: FakeGPU
+) -> None:
+    gpu.used = 5 << 30
+    engine = make(devices=Devices(FakeNVML(gpu)), gpus=(0,))
+    await engine.start(ignore)
+    memory = await engine.memory()
+    assert (memory.gpu_bytes, memory.gpus) == (None, {})
+    assert "does not say" in (memory.reason or "")
+    asyncio.get_running_loop().call_later(0.5, setattr, gpu, "used", 1 << 30)
+    started = time.monotonic()
+    freed = await engine.stop()
+    assert time.monotonic() - started > 0.4
+    assert (freed.gpu_bytes, freed.verified) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shares"),
+    [
+        ({}, ["--gpu-memory-utilization=0.75"]),
+        ({"model_kwargs": {"gpu_memory_utilization": 0.3}}, ["--gpu-memory-utilization=0.3"]),
+        ({"model_kwargs": {"kv_cache_memory_bytes": 1 << 30}}, []),
+        ({"model_name": "llmkit/demo"}, ["--gpu-memory-utilization=0.1"]),
+    ],
+)
+def test_the_free_share_of_a_gpu_is_for_who_says_no_size(
+    fields: dict[str, Any], shares: list[str], tmp_path: Path, gpu: FakeGPU
+) -> None:
+    context = EngineContext(tmp_path / "e", tmp_path / "log", None, LOG, gpus=(0,), gpu_memory_utilization=0.75)
+    command = VLLMEngineType().create(configuration(**fields), context)._kept._command
+    assert [flag for flag in command if flag.startswith("--gpu-memory-utilization")] == shares
 
 
 @linux

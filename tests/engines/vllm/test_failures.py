@@ -92,6 +92,13 @@ def test_a_context_that_is_too_long_comes_with_the_one_that_fits(log: str, fits:
         ("RuntimeError: Failed to infer device type, please set", LoadFailed, "no device"),
         ("World size (8) is larger than the number of available GPUs (1) in this node", DoesNotFit, "8 GPUs"),
         ("RevisionNotFoundError: 404", DoesNotFit, "no such revision"),
+        ("ValueError: No available memory for the cache blocks. Try increasing", OutOfMemory, "once the weights"),
+        ("RuntimeError: unable to write to file </torch_1_2>: No space left on device (28)", DiskFull, "/dev/shm"),
+        (
+            "Error while creating shared memory segment /dev/shm/nccl-abc (size 9), error: No space left on device",
+            DiskFull,
+            "/dev/shm",
+        ),
         ("mymodule.StrangeError: something new", LoadFailed, "something new"),
     ],
 )
@@ -101,6 +108,27 @@ def test_other_reasons_are_explained(line: str, kind: type[LLMKitError], words: 
         error = explain(lines, "some/model", 1)
         assert type(error) is kind
         assert words in error.message
+
+
+def test_a_core_that_the_system_killed_is_told_as_too_little_memory() -> None:
+    lines = ["RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore_DP0': -9}"]
+    assert isinstance(explain(lines, "some/model", 1), OutOfMemory)
+    ended = explain([lines[0].replace("-9", "1")], "some/model", 1)
+    assert type(ended) is LoadFailed
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "WARNING 11-24 02:00:00 [x.py:1] Cannot reach https://huggingface.co/x: offline mode is enabled.",
+        "(EngineCore pid=7) WARNING 11-24 02:00:00 [x.py:1] no compile cache: No space left on device",
+        "ERROR 11-24 02:00:00 [r.py:45] Error retrieving file list: We couldn't connect to 'h', retrying 1 of 2",
+        "/x/file_download.py:12: UserWarning: RepositoryNotFoundError while looking for an update",
+    ],
+)
+def test_what_a_load_went_on_after_is_not_why_it_failed(harmless: str) -> None:
+    error = explain([harmless, "ValueError: the weights are made of cheese"], "some/model", 1)
+    assert "made of cheese" in error.message
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_weights_that_have_to_come_first_are_a_download_with_bytes_and_rate(tmp_
     (folder / "weights.incomplete").write_bytes(bytes(2 << 20))
     half = meter.read(102.0)
     assert (half.done_bytes, half.bytes_per_second) == (2 << 20, 1 << 20)
+    assert half.eta_seconds == ((half.total_bytes or 0) - (2 << 20)) / (1 << 20)
     assert log.downloaded(half)
     assert (log.progress.fraction, log.progress.download) == (0.6, half)
     (folder / "weights.incomplete").write_bytes(bytes(5 << 20))
