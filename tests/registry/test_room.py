@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from mock_upstream import MockUpstream, chat_answer
-from scripted_engine import ScriptedEngineType
+from registry_stage import RegistryStage, ask, configure, until
 
 from llmkit.errors import NoRoom
-from llmkit.process.devices import Devices
-from llmkit.registry.registry import ModelRegistry, Settings
-from llmkit.schemas import InferenceRequest, ModelConfigRequest
-
-LOG = logging.getLogger("test")
-
-
-class FixedRAM(Devices):
-    """A machine with so much free memory before any model is loaded."""
-
-    def __init__(self, free: int, engines: ScriptedEngineType) -> None:
-        super().__init__()
-        self._free = free
-        self._engines = engines
-
-    def free_ram(self) -> int:
-        return self._free - sum(engine.held for engine in self._engines.engines if not engine.stops)
-
-
-class Stage:
-    """A folder, an endpoint, and a registry of models whose engines hold what their argument ``size`` says."""
-
-    def __init__(self, folder: Path, upstream: MockUpstream) -> None:
-        self._folder = folder
-        self._upstream = upstream
-        self.engines = ScriptedEngineType(upstream.base_url, ready=True)
-
-    @asynccontextmanager
-    async def registry(self, free: int = 1 << 50, **settings: Any) -> AsyncIterator[ModelRegistry]:
-        run_dir = self._folder / "run" / "s"
-        run_dir.mkdir(parents=True)
-        chosen = Settings(state_dir=self._folder / "state", run_dir=run_dir, **settings)
-        devices = FixedRAM(free, self.engines)
-        registry = ModelRegistry(chosen, lambda event: None, LOG, {}, {"scripted": self.engines}, devices)
-        await registry.start()
-        try:
-            yield registry
-        finally:
-            await registry.close()
 
 
 @pytest.fixture
@@ -63,17 +22,8 @@ def upstream() -> Iterator[MockUpstream]:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, upstream: MockUpstream) -> Stage:
-    return Stage(tmp_path, upstream)
-
-
-async def configure(registry: ModelRegistry, model_id: str, size: int = 100, **fields: Any) -> str:
-    body = {"model_id": model_id, "model_name": "n", "model_type": "scripted", "model_kwargs": {"size": size}, **fields}
-    return (await registry.configure(ModelConfigRequest.model_validate(body))).config_id
-
-
-def ask(model_id: str, **kwargs: Any) -> InferenceRequest:
-    return InferenceRequest(model_id=model_id, prompt="Hi", inference_kwargs=kwargs)
+def stage(tmp_path: Path, upstream: MockUpstream) -> RegistryStage:
+    return RegistryStage(tmp_path, upstream)
 
 
 class Slow:
@@ -89,13 +39,7 @@ class Slow:
         return web.json_response(chat_answer("done"))
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def test_the_least_recently_used_model_makes_room(stage: Stage) -> None:
+async def test_the_least_recently_used_model_makes_room(stage: RegistryStage) -> None:
     async with stage.registry(max_loaded_models=2) as registry:
         ids = {name: await configure(registry, name) for name in "abc"}
         await registry.load(ids["a"])
@@ -106,7 +50,7 @@ async def test_the_least_recently_used_model_makes_room(stage: Stage) -> None:
         assert registry.model("b").reason == "evicted to make room for c"
 
 
-async def test_loads_at_once_keep_to_the_limit(stage: Stage) -> None:
+async def test_loads_at_once_keep_to_the_limit(stage: RegistryStage) -> None:
     async with stage.registry(max_loaded_models=2) as registry:
         ids = [await configure(registry, f"m{number}") for number in range(6)]
         most = 0
@@ -126,7 +70,7 @@ async def test_loads_at_once_keep_to_the_limit(stage: Stage) -> None:
         assert most <= 2
 
 
-async def test_memory_makes_models_go_as_few_as_are_enough(stage: Stage) -> None:
+async def test_memory_makes_models_go_as_few_as_are_enough(stage: RegistryStage) -> None:
     async with stage.registry(free=1000) as registry:
         ids = {name: await configure(registry, name, size) for name, size in {"a": 300, "b": 600, "c": 500}.items()}
         await registry.load(ids["a"])
@@ -135,7 +79,7 @@ async def test_memory_makes_models_go_as_few_as_are_enough(stage: Stage) -> None
         assert registry.loaded_models() == ["a", "c"]
 
 
-async def test_a_busy_model_stays_unless_it_is_forced_to_go(stage: Stage, upstream: MockUpstream) -> None:
+async def test_a_busy_model_stays_unless_it_is_forced_to_go(stage: RegistryStage, upstream: MockUpstream) -> None:
     async with stage.registry(free=1000) as registry:
         first, second = await configure(registry, "a", 700), await configure(registry, "b", 700)
         await registry.load(first)
@@ -159,7 +103,7 @@ async def test_a_busy_model_stays_unless_it_is_forced_to_go(stage: Stage, upstre
             await asking
 
 
-async def test_what_can_never_fit_makes_nobody_go_and_says_the_numbers(stage: Stage) -> None:
+async def test_what_can_never_fit_makes_nobody_go_and_says_the_numbers(stage: RegistryStage) -> None:
     async with stage.registry(free=4 << 30) as registry:
         small, large = await configure(registry, "small", 1 << 30), await configure(registry, "large", 9 << 30)
         await registry.load(small)
@@ -168,7 +112,7 @@ async def test_what_can_never_fit_makes_nobody_go_and_says_the_numbers(stage: St
         assert registry.loaded_models() == ["small"]
 
 
-async def test_two_loads_do_not_count_on_the_same_free_memory(stage: Stage) -> None:
+async def test_two_loads_do_not_count_on_the_same_free_memory(stage: RegistryStage) -> None:
     async with stage.registry(free=1000) as registry:
         ids = [await configure(registry, name, 600) for name in "ab"]
         stage.engines.ready = False
@@ -180,7 +124,7 @@ async def test_two_loads_do_not_count_on_the_same_free_memory(stage: Stage) -> N
         assert (await first).status == "loaded"
 
 
-async def test_a_plan_says_what_would_go_and_changes_nothing(stage: Stage) -> None:
+async def test_a_plan_says_what_would_go_and_changes_nothing(stage: RegistryStage) -> None:
     async with stage.registry(free=1000) as registry:
         first, second = await configure(registry, "a", 700), await configure(registry, "b", 700)
         await registry.load(first)
@@ -194,7 +138,7 @@ async def test_a_plan_says_what_would_go_and_changes_nothing(stage: Stage) -> No
         assert registry.loaded_models() == ["a"]
 
 
-async def test_the_second_estimate_is_what_the_first_load_held(stage: Stage) -> None:
+async def test_the_second_estimate_is_what_the_first_load_held(stage: RegistryStage) -> None:
     async with stage.registry() as registry:
         config_id = await configure(registry, "a", 700)
         plan = await registry.plan(config_id)
@@ -214,7 +158,9 @@ async def test_the_second_estimate_is_what_the_first_load_held(stage: Stage) -> 
         assert held == 650
 
 
-async def test_an_idle_model_goes_and_a_request_winds_the_clock_up_again(stage: Stage, upstream: MockUpstream) -> None:
+async def test_an_idle_model_goes_and_a_request_winds_the_clock_up_again(
+    stage: RegistryStage, upstream: MockUpstream
+) -> None:
     async with stage.registry(idle_ttl=1.0) as registry:
         await registry.load(await configure(registry, "a"))
         slow = Slow(upstream)
@@ -234,7 +180,7 @@ async def test_an_idle_model_goes_and_a_request_winds_the_clock_up_again(stage: 
         assert registry.model("a").reason == "idle for 1 s"
 
 
-async def test_a_request_says_how_long_it_may_be_idle_but_not_beyond_the_ceiling(stage: Stage) -> None:
+async def test_a_request_says_how_long_it_may_be_idle_but_not_beyond_the_ceiling(stage: RegistryStage) -> None:
     async with stage.registry(max_idle_ttl=5.0) as registry:
         await registry.load(await configure(registry, "a", idle_ttl=-1))
         assert registry.model("a").expires_at is not None  # the ceiling holds for "never", too
