@@ -51,6 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--last-words", default="", help="print this before ending")
     parser.add_argument("--stall-at", choices=PHASES, help="do nothing any more from this phase on")
     parser.add_argument("--ignore-sigterm", action="store_true", help="every process ignores SIGTERM")
+    parser.add_argument("--leak", action="store_true", help="a process gets away from its parents, and never ends")
     parser.add_argument("--setsid", action="store_true", help="core and worker leave session and process group")
     parser.add_argument("--kv-cache-tokens", type=int, help="fail as vLLM does if the context is longer")
     parser.add_argument("--tokens-per-second", type=float, default=200.0)
@@ -88,6 +89,18 @@ def start_core(options: argparse.Namespace) -> int:
         time.sleep(60)
 
 
+def leak() -> None:
+    """Leave a process that has left its session and has lost its parent."""
+    if not os.fork():
+        os.setsid()
+        if not os.fork():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                time.sleep(60)
+        os._exit(0)
+    os.wait()
+
+
 def die(options: argparse.Namespace) -> None:
     if options.last_words:
         print(options.last_words, flush=True)
@@ -116,6 +129,8 @@ def main() -> None:
     # Starts Python's resource tracker, too.
     SharedMemory(f"fake-{os.environ.get('LLMKIT_ENGINE_ID', os.getpid())}", create=True, size=1 << 16)
     core = start_core(options)
+    if options.leak:
+        leak()
     reach("weights", options)
     room = options.kv_cache_tokens
     if room is not None and options.max_model_len > room:

@@ -284,6 +284,15 @@ async def test_an_engine_that_ends_by_itself_is_noticed(make: Make) -> None:
 
 
 @linux
+async def test_a_process_that_got_away_from_its_parents_goes_with_the_engine(make: Make) -> None:
+    engine = make("--leak")
+    await engine.start(ignore)
+    assert len(marked(engine.engine_id)) == 6
+    assert (await engine.stop()).verified
+    assert marked(engine.engine_id) == []
+
+
+@linux
 @pytest.mark.parametrize("victim", [0, 1, 2])
 async def test_the_loss_of_any_part_is_noticed_within_2_seconds(make: Make, victim: int) -> None:
     engine = make("--setsid")
