@@ -123,10 +123,7 @@ class VLLMEngineType:
             if configuration.model_name == DEMO_MODEL_NAME
             else find_model(configuration.model_name, arguments.revision, self._environ)
         )
-        gpu = _uses_gpu()
-        if path is None:
-            return MemoryEstimate(device="gpu" if gpu else "cpu", reason="the model is not on this machine yet")
-        return estimate(path, arguments, gpu=gpu)
+        return estimate(path, arguments, gpu=_uses_gpu())
 
     def create(self, configuration: Configuration, context: EngineContext) -> VLLMEngine:
         """Make the engine of one load."""

@@ -44,43 +44,56 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def estimate(model_path: Path, arguments: VLLMArguments, *, gpu: bool) -> MemoryEstimate:
+def estimate(model_path: Path | None, arguments: VLLMArguments, *, gpu: bool) -> MemoryEstimate:
     """Estimate weights, KV cache and overhead.
 
     Parameters
     ----------
     model_path
-        The folder of the model.
+        The folder of the model; None if it is not on this machine yet.
     arguments
         Of its engine.
     gpu
-        Whether it runs on GPUs.
+        Whether it runs on GPUs. One that is told no size takes what it finds free there: what is estimated then is
+        the least with which it can answer, a KV cache for one request.
     """
-    parallel = (arguments.tensor_parallel_size or 1) * (arguments.pipeline_parallel_size or 1)
-    devices = parallel * (arguments.data_parallel_size or 1)
+    replicas = arguments.data_parallel_size or 1
+    devices = (arguments.tensor_parallel_size or 1) * (arguments.pipeline_parallel_size or 1) * replicas
+    sized = arguments.gpu_memory_utilization is not None or arguments.kv_cache_memory_bytes is not None
     overhead = (OVERHEAD_GPU_BYTES if gpu else OVERHEAD_CPU_BYTES) * devices
-    known: dict[str, Any] = {"device": "gpu" if gpu else "cpu", "device_count": devices, "overhead_bytes": overhead}
-    try:
-        config = json.loads((model_path / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    config = config if isinstance(config, dict) else {}
-    config = {**config, **(config.get("text_config") or {})}
+    known: dict[str, Any] = {"device": "gpu" if gpu else "cpu", "device_count": devices, "elastic": gpu and not sized}
+    if model_path is None:
+        return MemoryEstimate(**known, reason="the model is not on this machine yet")
+    known["overhead_bytes"] = overhead
+    config = _config(model_path)
     weights = _weights(model_path, config, arguments)
     cache = _kv_cache(config, arguments, devices)
     if weights is None:
         return MemoryEstimate(**known, kv_cache_bytes=cache, reason="the size of the weights is not known")
-    weights *= arguments.data_parallel_size or 1
+    weights *= replicas
     if cache is None:
         reason = "the size of the KV cache is not known: config.json does not say enough"
         return MemoryEstimate(**known, weights_bytes=weights, reason=reason)
     return MemoryEstimate(**known, weights_bytes=weights, kv_cache_bytes=cache, total_bytes=weights + cache + overhead)
 
 
+def _config(model_path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((model_path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    text = config.get("text_config")  # of a model that takes images, too
+    return {**config, **text} if isinstance(text, dict) else config
+
+
 def _weights(model_path: Path, config: Mapping[str, Any], arguments: VLLMArguments) -> int | None:
     for pattern in ("*.safetensors", "*.bin", "*.pt"):
         try:
-            sizes = [path.stat().st_size for path in model_path.glob(pattern)]
+            # The same weights once more, as Mistral's own programs read them.
+            files = [path for path in model_path.glob(pattern) if not path.name.startswith("consolidated")]
+            sizes = [path.stat().st_size for path in files]
         except OSError:
             return None
         if sizes:
@@ -103,7 +116,9 @@ def _kv_cache(config: Mapping[str, Any], arguments: VLLMArguments, devices: int)
         size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
         given = arguments.max_model_len
         tokens = given if isinstance(given, int) else min(int(config["max_position_embeddings"]), LONGEST_CONTEXT)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+        return None
+    if min(layers, kv_heads, size, tokens) < 1 or "kv_lora_rank" in config:  # a latent cache has another shape
         return None
     if str(arguments.kv_cache_dtype).startswith("fp8"):
         each = 1
