@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,9 +115,24 @@ def test_the_token_goes_to_the_hub_and_is_never_printed(hub: FakeHub, tmp_path: 
         assert TOKEN not in done.stdout + done.stderr
 
 
+def make_larger(folder: Path, size: int) -> Path:
+    """Copy the demo model with so many bytes more in the head of its weights: the library writes 10 MB at a time."""
+    shutil.copytree(demo_model_path(), folder)
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + length])
+    head["__metadata__"] = {**head.get("__metadata__", {}), "padding": "x" * size}
+    longer = json.dumps(head).encode()
+    longer += b" " * (-len(longer) % 8)
+    weights.write_bytes(len(longer).to_bytes(8, "little") + longer + data[8 + length :])
+    return folder
+
+
 @pytest.mark.vllm
 async def test_vllm_loads_a_model_from_a_hub_and_says_how_far_it_is(hub: FakeHub, tmp_path: Path) -> None:
-    hub.bytes_per_second = (demo_model_path() / "model.safetensors").stat().st_size / 4
+    hub.models["some/demo"] = make_larger(tmp_path / "larger", 60 << 20)
+    hub.bytes_per_second = 15 << 20
     run_dir = Path(os.environ["LLMKIT_RUN_DIR"])
     kwargs = {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 128, "enforce_eager": True}
     configuration = Configuration(
