@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 from fake_engine_type import PLUGIN
 from support import processes_using
 
@@ -91,4 +92,8 @@ class RegistryProgram:
 
 def left(run_base: Path) -> list[str]:
     """Give what runs out of a folder."""
-    return [" ".join(process.cmdline()[:3]) for process in processes_using(run_base) if process.is_running()]
+    found = []
+    for process in processes_using(run_base):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since the look, or reaped in the next moment
+            found.append(" ".join(process.cmdline()[:3]))
+    return found
