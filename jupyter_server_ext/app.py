@@ -14,7 +14,7 @@ from jupyter_core.paths import jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
-from traitlets import Dict, Float, Int, List, Unicode, default
+from traitlets import Bool, Dict, Float, Int, List, Unicode, default
 
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
@@ -81,6 +81,24 @@ class LLMKitApp(ExtensionApp):
         min=1.0,
         help="Seconds without any sign of life, in the log or in processor time, after which a load is given up. "
         "There is no limit to a load that goes on.",
+    ).tag(config=True)
+    engine_niceness = Int(
+        None,
+        min=0,
+        max=19,
+        allow_none=True,
+        help="How far the processes that compute stand back for others, so that tokens reach their readers at once: "
+        "0 to 19, as nice(2). None: 15 for an engine on the CPU, 0 for one on a GPU.",
+    ).tag(config=True)
+    max_record_bytes = Int(
+        64 << 20,
+        min=1 << 20,
+        help="Bytes of the record of requests (requests.sqlite); the oldest go first.",
+    ).tag(config=True)
+    record_bodies = Bool(
+        default_value=False,
+        help="Keep what was asked and answered in the record of requests, too. Whoever may read this server's "
+        "endpoints can then read it.",
     ).tag(config=True)
     configurations = List(
         Dict(),
@@ -161,6 +179,9 @@ class LLMKitApp(ExtensionApp):
                 idle_ttl=self.idle_ttl,
                 max_idle_ttl=self.max_idle_ttl,
                 stall_seconds=self.stall_timeout,
+                engine_niceness=self.engine_niceness,
+                record_bodies=self.record_bodies,
+                max_record_bytes=self.max_record_bytes,
                 url=self._server.connection_url,
             )
             registry = ModelRegistry(settings, self._emit, self.log)

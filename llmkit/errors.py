@@ -20,6 +20,7 @@ classes, so that a notebook sees the server's words.
     │   ├── ModelNotLoaded              model_not_loaded
     │   ├── ModelIsLoaded               model_is_loaded
     │   ├── ModelUnloaded               model_unloaded
+    │   ├── RequestCancelled            request_cancelled
     │   ├── ModelLiveElsewhere          model_live_elsewhere
     │   ├── NoRoom                      no_room
     │   └── LoadCancelled               load_cancelled
@@ -29,10 +30,12 @@ classes, so that a notebook sees the server's words.
     │   ├── KeyMissing                  key_missing
     │   ├── ModelNameNotFound           model_name_not_found
     │   ├── ParameterForbidden          parameter_forbidden
+    │   ├── NotSupported                not_supported
     │   ├── ContextLengthExceeded       context_length_exceeded
     │   ├── EngineArgumentRefused       engine_argument_refused
     │   └── EngineRefused               engine_refused
     ├── QueueFull                   429 queue_full
+    ├── RateLimited                 429 rate_limited
     ├── EngineGone                  502 engine_gone
     │   ├── EngineCrashed               engine_crashed
     │   ├── LoadFailed                  load_failed
@@ -205,6 +208,12 @@ class ModelUnloaded(WrongState):
     code = "model_unloaded"
 
 
+class RequestCancelled(WrongState):
+    """Somebody has ended the request by its ``request_id``."""
+
+    code = "request_cancelled"
+
+
 class ModelLiveElsewhere(WrongState):
     """Another server of this home has the model loaded."""
 
@@ -259,6 +268,12 @@ class ParameterForbidden(DoesNotFit):
     code = "parameter_forbidden"
 
 
+class NotSupported(DoesNotFit):
+    """The model, or the engine that runs it, cannot do this."""
+
+    code = "not_supported"
+
+
 class ContextLengthExceeded(DoesNotFit):
     """Prompt and answer together are longer than the model's context."""
 
@@ -281,6 +296,12 @@ class QueueFull(LLMKitError):
     """Too many requests wait for this model."""
 
     status, code = 429, "queue_full"
+
+
+class RateLimited(LLMKitError):
+    """The remote endpoint asks to slow down, and went on to after some tries."""
+
+    status, code = 429, "rate_limited"
 
 
 class EngineGone(LLMKitError):

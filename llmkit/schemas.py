@@ -109,6 +109,7 @@ class ModelConfigRequest(Strict):
     max_in_flight: int | None = Field(None, ge=1, le=10_000, description="Requests running at once.")
     max_queued: int | None = Field(None, ge=0, le=100_000, description="Requests waiting at most.")
     prices: Prices | None = None
+    fallback: Annotated[ModelId | None, Field(description="The model that answers when this one fails.")] = None
 
 
 OPTIONAL_FIELDS: Final = (
@@ -119,6 +120,7 @@ OPTIONAL_FIELDS: Final = (
     "max_in_flight",
     "max_queued",
     "prices",
+    "fallback",
 )
 """Fields of a configuration that appear in answers only if they were set."""
 
@@ -427,6 +429,61 @@ class Cost(Wire):
     currency: str
 
 
+Priority = Literal["interactive", "batch"]
+"""A batch never keeps a person waiting: what is interactive goes first."""
+Outcome = Literal["ok", "refused", "rejected", "failed", "cancelled"]
+"""How a request ended: answered; wrong; no room in the queue; engine or endpoint failed; client left or somebody
+cancelled it."""
+
+
+class RequestRecord(Wire):
+    """A request that is over, as ``GET /llm/requests/`` tells it."""
+
+    request_id: str
+    model_id: str
+    """That was asked."""
+    answered_by: str | None = None
+    """The model that answered: another one if that failed and its configuration has a fallback."""
+    api: str
+    """``inference``, or the path below ``/llm/v1``."""
+    priority: Priority = "interactive"
+    stream: bool = False
+    started_at: datetime
+    outcome: Outcome
+    status: int
+    """HTTP status of the answer; of a stream that failed half-way, the one that it would have been."""
+    error: str | None = None
+    """The error's code."""
+    usage: Usage | None = None
+    timings: Timings
+    cost: Cost | None = None
+    request_body: str | None = None
+    """Only if the operator has bodies recorded."""
+    response_body: str | None = None
+
+
+class RunningRequest(Wire):
+    """A request that is not over yet, as ``GET /llm/requests/`` tells it."""
+
+    request_id: str
+    model_id: str
+    api: str
+    priority: Priority
+    stream: bool
+    started_at: datetime
+    status: Literal["queued", "loading", "running"]
+    position: int | None = None
+    """In the queue: 1 is the next. None if it does not wait there."""
+    elapsed_seconds: float
+
+
+class RequestList(Wire):
+    """Answer of ``GET /llm/requests/``: oldest first what runs, newest first what is over."""
+
+    running: list[RunningRequest]
+    recent: list[RequestRecord]
+
+
 class InferenceAnswer(Wire):
     """Answer of ``POST /llm/inference/``, and the last frame of its stream."""
 
@@ -436,6 +493,8 @@ class InferenceAnswer(Wire):
     finish_reason: str | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    logprobs: dict[str, Any] | None = None
+    """As in OpenAI's API, of all tokens of the answer; only if they were asked for."""
     usage: Usage | None = None
     timings: Timings
     cost: Cost | None = None

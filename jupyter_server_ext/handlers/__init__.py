@@ -11,7 +11,7 @@ from jupyter_server_ext.handlers.configurations import (
     ConfigureModelHandler,
     ModelTypesHandler,
 )
-from jupyter_server_ext.handlers.inference import InferenceHandler, RequestHandler
+from jupyter_server_ext.handlers.inference import InferenceHandler, RequestHandler, RequestsHandler
 from jupyter_server_ext.handlers.models import (
     LoadedModelsHandler,
     LoadModelHandler,
@@ -19,10 +19,24 @@ from jupyter_server_ext.handlers.models import (
     ModelsHandler,
     UnloadModelHandler,
 )
-from jupyter_server_ext.handlers.observability import DevicesHandler, HealthHandler, LogsHandler
+from jupyter_server_ext.handlers.observability import (
+    DevicesHandler,
+    EngineMetricsHandler,
+    HealthHandler,
+    LogsHandler,
+)
+from jupyter_server_ext.handlers.openai_api import (
+    RELAYED_PATHS,
+    OpenAIHandler,
+    OpenAIModelHandler,
+    OpenAIModelsHandler,
+)
 
 # Every path works with and without its trailing slash; what is not here is a JSON 404, never a redirect.
 ROUTES: list[tuple[str, type[Any]]] = [
+    (rf"/llm/v1/({RELAYED_PATHS})/?", OpenAIHandler),
+    (r"/llm/v1/models/?", OpenAIModelsHandler),
+    (r"/llm/v1/models/([^/]+)/?", OpenAIModelHandler),
     (r"/llm/configure_model/?", ConfigureModelHandler),
     (r"/llm/configurations/?", ConfigurationsHandler),
     (r"/llm/configuration/([^/]+)/?", ConfigurationHandler),
@@ -31,10 +45,12 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/loaded_models/?", LoadedModelsHandler),
     (r"/llm/inference/?", InferenceHandler),
     (r"/llm/inference/([^/]+)/?", RequestHandler),
+    (r"/llm/requests/?", RequestsHandler),
     (r"/llm/model_types/?", ModelTypesHandler),
     (r"/llm/models/?", ModelsHandler),
     (r"/llm/models/([^/]+)/?", ModelHandler),
     (r"/llm/models/([^/]+)/logs/?", LogsHandler),
+    (r"/llm/models/([^/]+)/metrics/?", EngineMetricsHandler),
     (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),

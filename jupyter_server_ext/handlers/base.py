@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -27,6 +27,7 @@ MAX_DEPTH = 64
 MAX_VALUES = 100_000
 PARSE_IN_THREAD_BYTES = 256 << 10
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -46,6 +47,7 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     """
 
     max_body_bytes = MAX_CONFIGURATION_BYTES
+    max_values = MAX_VALUES
 
     def initialize(self, name: str) -> None:
         """Keep nothing of a body until it is known who sends it."""
@@ -82,16 +84,29 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         ------
         TooLarge, MalformedRequest, DoesNotFit
         """
+        return await self._read(_parse, model)
+
+    async def read_object(self) -> dict[str, Any]:
+        """Read the body as a strict JSON object, whatever is in it.
+
+        Raises
+        ------
+        TooLarge, MalformedRequest
+        """
+        return await self._read(_parse_object)
+
+    async def _read(self, parse: Callable[..., T], *args: Any) -> T:
         if self._body is None:
             raise errors.TooLarge(
                 f"The body is larger than {self.max_body_bytes} bytes.",
                 hint="Send less; this endpoint takes no more.",
             )
         body = b"".join(self._body)
+        self._body = []  # a large prompt need not be held for as long as the answer takes
         # A large prompt takes the parser longer than the event loop may stand still.
         if len(body) > PARSE_IN_THREAD_BYTES:
-            return await asyncio.to_thread(_parse, body, model)
-        return _parse(body, model)
+            return await asyncio.to_thread(parse, body, self.max_values, *args)
+        return parse(body, self.max_values, *args)
 
     def flag(self, name: str, *, default: bool) -> bool:
         """Read a query parameter that is true or false."""
@@ -139,7 +154,7 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         error = raised if isinstance(raised, LLMKitError) else self._explain(status_code, raised)
         self.set_status(error.status)
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
-            self.set_header("Retry-After", "1")
+            self.set_header("Retry-After", str(math.ceil(error.details.get("retry_after", 1))))
         self.finish(to_json(error.to_wire()))
 
     def _explain(self, status: int, raised: BaseException | None) -> LLMKitError:
@@ -188,7 +203,14 @@ class UnknownPathHandler(LLMHandler):
     post = put = delete = patch = get
 
 
-def _parse(body: bytes, model: type[M]) -> M:
+def _parse(body: bytes, max_values: int, model: type[M]) -> M:
+    try:
+        return model.model_validate(_parse_object(body, max_values))
+    except ValidationError as error:
+        raise does_not_fit(validation_details(error, model)) from None
+
+
+def _parse_object(body: bytes, max_values: int) -> dict[str, Any]:
     try:
         # Refuses what Python's own parser lets through: NaN, Infinity, lone surrogates, wrong UTF-8.
         value = from_json(body, allow_inf_nan=False)
@@ -198,40 +220,22 @@ def _parse(body: bytes, model: type[M]) -> M:
         ) from None
     if not isinstance(value, dict):
         raise errors.MalformedRequest("The body must be a JSON object.", hint='For example {"model_id": "demo", ...}.')
-    _check_shape(value)
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise does_not_fit(validation_details(error, model)) from None
+    _check_shape(value, max_values)
+    return value
 
 
-def _check_shape(value: dict[str, Any]) -> None:
+def _check_shape(value: dict[str, Any], max_values: int) -> None:
     """Refuse what no request needs: deep nesting, very many values, numbers that overflow."""
     level: list[Any] = [value]
     values = 0
     for _ in range(MAX_DEPTH):
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
         values += len(level)
-        if values > MAX_VALUES:
-            raise errors.MalformedRequest(f"The body holds more than {MAX_VALUES} values.")
+        if values > max_values:
+            raise errors.MalformedRequest(f"The body holds more than {max_values} values.")
         if any(isinstance(inner, float) and not math.isfinite(inner) for inner in level):
             raise errors.MalformedRequest("The body holds a number that is too large.")
         level = [inner for inner in level if isinstance(inner, dict | list)]
         if not level:
             return
     raise errors.MalformedRequest(f"The body is nested deeper than {MAX_DEPTH} levels.")
-
-
-async def until_gone(work: Awaitable[None], gone: asyncio.Event) -> None:
-    """Do work for a client until it is done or the client has left."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(gone.wait())
-    try:
-        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        leaving.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task])
-    if not task.cancelled():
-        task.result()

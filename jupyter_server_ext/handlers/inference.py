@@ -1,23 +1,60 @@
-"""Prompts: ask a model, and end a running request."""
+"""Prompts: ask a model, see what runs, and end a running request."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
-from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler, until_gone
+from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
 from jupyter_server_ext.handlers.streaming import StreamHandler
-from llmkit.errors import LLMKitError
-from llmkit.registry.registry import ModelRegistry
-from llmkit.schemas import MAX_PROMPT_BYTES, InferenceRequest
+from llmkit.errors import MalformedRequest
+from llmkit.inference.running import Running
+from llmkit.registry.requests import Requests
+from llmkit.schemas import MAX_PROMPT_BYTES, InferenceRequest, Priority
+
+PRIORITY_HEADER: Final = "X-LLMKit-Priority"
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+MODEL_HEADER: Final = "X-LLMKit-Model"
+_PRIORITIES: Final[dict[str, Priority]] = {"interactive": "interactive", "batch": "batch"}
+DEFAULT_RECENT = 100
+MOST_RECENT = 10_000
 
 
-class InferenceHandler(StreamHandler):
-    """``POST /llm/inference/``."""
+class AskingHandler(StreamHandler):
+    """Base of the handlers that put a request to a model."""
 
     max_body_bytes = MAX_PROMPT_BYTES
+
+    def priority(self) -> Priority:
+        """Read the class of the request."""
+        given = self.request.headers.get(PRIORITY_HEADER, "interactive")
+        if given not in _PRIORITIES:
+            raise MalformedRequest(f"{PRIORITY_HEADER} must be interactive or batch.", param=PRIORITY_HEADER)
+        return _PRIORITIES[given]
+
+    def introduce(self, requests: Requests, running: Running) -> None:
+        """Name a request to its client, and let a stream say that it waits."""
+        self.running = running
+        self.set_header(REQUEST_ID_HEADER, running.request_id)
+        if running.stream:
+
+            def describe() -> str:
+                position = requests.position(running)
+                return running.status if position is None else f"{running.status}, position {position}"
+
+            self.heartbeat = describe
+            self.start_heartbeat()
+
+    def name_model(self) -> None:
+        """Say in the headers which model answers: it can be a fallback."""
+        if not self._headers_written and self.running.answered_by is not None:
+            self.set_header(MODEL_HEADER, self.running.answered_by)
+
+
+class InferenceHandler(AskingHandler):
+    """``POST /llm/inference/``."""
 
     @web.authenticated
     @authorized("execute", resource=RESOURCE)
@@ -25,30 +62,38 @@ class InferenceHandler(StreamHandler):
         """Answer a prompt, in one piece or as server-sent events."""
         registry = await self.registry()
         request = await self.read_body(InferenceRequest)
-        await until_gone(self._ask(registry, request), self.client_gone)
+        await self.until_gone(self._ask(registry.requests, request))
 
-    async def _ask(self, registry: ModelRegistry, request: InferenceRequest) -> None:
+    async def _ask(self, requests: Requests, request: InferenceRequest) -> None:
+        priority = self.priority()
+
+        def known(running: Running) -> None:
+            self.introduce(requests, running)
+
         if request.inference_kwargs.get("stream") is not True:
-            self.answer(_plain(await registry.infer(request)))
+            answer = await requests.infer(request, priority=priority, known=known)
+            self.name_model()
+            self.answer(_plain(answer))
             return
+
+        async def send(*frames: dict[str, Any]) -> None:
+            self.name_model()
+            await self.send(*frames)
+
         try:
-            answer = await registry.infer(request, self.send)
-            await self.send(_plain(answer))
+            answer = await requests.infer(request, send, priority=priority, known=known)
+            await send(_plain(answer))
             await self.write_now(b"data: [DONE]\n\n")
         except Exception as raised:
             if not self._headers_written:
                 raise
-            # After the headers there is no status to send: the error is the last event.
-            error = raised if isinstance(raised, LLMKitError) else LLMKitError("The server failed on this request.")
-            if error is not raised:
-                self.log_exception(type(raised), raised, raised.__traceback__)
-            await self.send({"error": error.to_wire()["error"]})
+            await self.fail(raised)
         await self.end()
 
 
 def _plain(answer: Any) -> dict[str, Any]:
     """Leave out what this answer has none of."""
-    optional = {"reasoning", "tool_calls", "cost"}
+    optional = {"reasoning", "tool_calls", "logprobs", "cost"}
     return {k: v for k, v in answer.model_dump(mode="json").items() if v is not None or k not in optional}
 
 
@@ -60,5 +105,28 @@ class RequestHandler(LLMHandler):
     async def delete(self, request_id: str) -> None:
         """End a running request."""
         registry = await self.registry()
-        registry.cancel(request_id)
+        registry.requests.cancel(request_id)
         self.answer({"message": "Request cancelled", "request_id": request_id})
+
+
+class RequestsHandler(LLMHandler):
+    """``GET /llm/requests/``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Answer the requests that run, and those of late."""
+        registry = await self.registry()
+        limit = self.number("limit", default=DEFAULT_RECENT, most=MOST_RECENT)
+        model_id = self.get_query_argument("model_id", None)
+        if model_id is not None:
+            registry.model(model_id)  # 404 of one that does not exist
+        found = await registry.requests.overview(limit, model_id)
+        told = found.model_dump(mode="json")
+        for record in told["recent"]:
+            for name in ("request_body", "response_body"):
+                if record[name] is None:
+                    del record[name]
+        self.answer(told)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 
 from jupyter_server.auth.decorator import authorized
+from prometheus_client import CONTENT_TYPE_LATEST
 from tornado import web
 
-from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler, until_gone
+from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
 from jupyter_server_ext.handlers.streaming import StreamHandler
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import LogTail
@@ -57,10 +58,26 @@ class LogsHandler(StreamHandler):
             self.answer(LogTail(model_id=model_id, lines=await registry.log_tail(model_id, tail)))
             return
         registry.model(model_id)  # 404 before the headers of a stream
-        await until_gone(self._follow(registry, model_id, tail), self.client_gone)
+        await self.until_gone(self._follow(registry, model_id, tail))
 
     async def _follow(self, registry: ModelRegistry, model_id: str, tail: int) -> None:
+        self.start_heartbeat()
         async with contextlib.aclosing(registry.follow_log(model_id, tail)) as follower:
             async for lines in follower:
                 await self.send(*({"line": line} for line in lines))
         await self.end()
+
+
+class EngineMetricsHandler(StreamHandler):
+    """``GET /llm/models/{model_id}/metrics``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self, model_id: str) -> None:
+        """Answer what the engine tells Prometheus."""
+        registry = await self.registry()
+        metrics = await registry.engine_metrics(model_id)
+        self.set_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.finish(metrics)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from pydantic_core import to_json
 from tornado import iostream
 
 from jupyter_server_ext.handlers.base import LLMHandler
+from llmkit.errors import LLMKitError
 
 FLUSH_SECONDS = 60.0
 """A client that takes nothing for so long is cut off."""
+HEARTBEAT_SECONDS = 15.0
+"""Proxies close what is quiet for a minute."""
+
+T = TypeVar("T")
 
 
 class StreamHandler(LLMHandler):
@@ -20,45 +26,100 @@ class StreamHandler(LLMHandler):
 
     Attributes
     ----------
-    client_gone
-        Set when the client has left.
+    heartbeat
+        Gives the words of the comment that is sent while there is nothing else.
     """
+
+    heartbeat: Callable[[], str]
 
     def initialize(self, name: str) -> None:
         """Note when the client leaves, from the first byte on."""
-        self.client_gone = asyncio.Event()
         super().initialize(name)
+        self.heartbeat = _waiting
+        self._client_gone = False
+        self._working: asyncio.Task[Any] | None = None
+        self._flushing: asyncio.Future[None] | None = None
+        self._beating: asyncio.TimerHandle | None = None
+        self._written_at = 0.0
+
+    # -- the client ----------------------------------------------------------------------------------------
 
     def on_connection_close(self) -> None:
-        """Note that the client is gone."""
-        self.client_gone.set()
+        """End what is done for a client that has left."""
+        self._client_gone = True
+        if self._working is not None:
+            self._working.cancel()
+
+    async def until_gone(self, work: Awaitable[T]) -> T | None:
+        """Do work for the client until it is done, or the client has left: then it is cancelled, and gives None."""
+        task = self._working = asyncio.current_task()
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not self._client_gone or task is None:
+                raise
+            task.uncancel()
+            return None
+        finally:
+            self._working = None
+            self._stop_heartbeat()
+
+    def on_finish(self) -> None:
+        """Say nothing more."""
+        self._stop_heartbeat()
+
+    # -- writing -------------------------------------------------------------------------------------------
 
     async def send(self, *frames: Any) -> None:
-        """Write JSON values as events; without any, a comment that keeps the line open.
+        """Write JSON values as events; raises as `write_now`."""
+        await self.write_now(b"".join([b"data: " + to_json(frame) + b"\n\n" for frame in frames]))
+
+    async def write_now(self, data: bytes) -> None:
+        """Write whole events, and wait until the client has taken them.
 
         Raises
         ------
         asyncio.CancelledError
             If the client is gone, or reads nothing for too long.
         """
-        await self.write_now(b"".join(b"data: " + to_json(frame) + b"\n\n" for frame in frames) or b": waiting\n\n")
-
-    async def write_now(self, data: bytes) -> None:
-        """Write a part of the stream, and wait until the client has taken it; raises as `send`."""
         if not self._headers_written:
-            self.set_header("Content-Type", "text/event-stream")
-            self.set_header("Cache-Control", "no-cache")
-            self.set_header("X-Accel-Buffering", "no")
+            self._begin_stream()
+        if self._flushing is not None and not self._flushing.done():
+            await self._until_taken(self._flushing)  # two flushes at once would forget the first
         self.write(data)
+        flushing = self._flushing = self.flush()
+        if not flushing.done():
+            await self._until_taken(flushing)
+        elif flushing.exception() is not None:
+            self._give_up()
+        self._written_at = asyncio.get_running_loop().time()
+
+    async def _until_taken(self, flushing: asyncio.Future[None]) -> None:
         try:
             # Not `wait_for`, which forgets a cancellation that comes when the flush is done already.
             async with asyncio.timeout(FLUSH_SECONDS):
-                await self.flush()
-        except (iostream.StreamClosedError, TimeoutError) as error:
-            if isinstance(error, TimeoutError):
-                self.detach().close()
-            self.client_gone.set()
-            raise asyncio.CancelledError from None
+                await asyncio.shield(flushing)
+        except iostream.StreamClosedError:
+            self._give_up()
+        except TimeoutError:
+            self.detach().close()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._client_gone = True
+        raise asyncio.CancelledError
+
+    def _begin_stream(self) -> None:
+        self.set_header("Content-Type", "text/event-stream")
+        self.set_header("Cache-Control", "no-cache")
+        self.set_header("X-Accel-Buffering", "no")
+
+    async def fail(self, raised: Exception) -> None:
+        """End a stream that has begun with an error: there is no status to send any more."""
+        error = raised if isinstance(raised, LLMKitError) else LLMKitError("The server failed on this request.")
+        if error is not raised:
+            self.log_exception(type(raised), raised, raised.__traceback__)
+        await self.send({"error": error.to_wire()["error"]})
 
     async def end(self) -> None:
         """End the stream."""
@@ -66,8 +127,44 @@ class StreamHandler(LLMHandler):
             await self.finish()
 
     def finish(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish, with the content type of a stream if it is one."""
-        content_type = self._headers.get("Content-Type", "")
-        if content_type.startswith("text/event-stream"):
-            kwargs["set_content_type"] = content_type
+        """Finish, with the content type that was set, if it is another than Tornado's own."""
+        content_type = self._headers.get("Content-Type", "text/html")
+        if not content_type.startswith("text/html"):
+            kwargs.setdefault("set_content_type", content_type)
         return super().finish(*args, **kwargs)
+
+    # -- heartbeat -----------------------------------------------------------------------------------------
+
+    def start_heartbeat(self) -> None:
+        """From now on, say that something is still coming whenever nothing was said for a while."""
+        loop = asyncio.get_running_loop()
+        self._written_at = loop.time()
+        self._beating = loop.call_later(HEARTBEAT_SECONDS, self._beat)
+
+    def _stop_heartbeat(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+            self._beating = None
+
+    def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        quiet = loop.time() - self._written_at
+        is_written = self._flushing is None or self._flushing.done()
+        if quiet >= HEARTBEAT_SECONDS and is_written and not self._client_gone and not self._finished:
+            if not self._headers_written:
+                self._begin_stream()
+            self.write(f": {self.heartbeat()}\n\n")
+            self._flushing = self.flush()
+            self._flushing.add_done_callback(_ignore_error)
+            self._written_at, quiet = loop.time(), 0.0
+        self._beating = loop.call_later(max(HEARTBEAT_SECONDS - quiet, 1.0), self._beat)
+
+
+def _waiting() -> str:
+    return "waiting"
+
+
+def _ignore_error(flushing: asyncio.Future[None]) -> None:
+    # Who writes next, or the connection's own callback, finds that the client is gone.
+    if not flushing.cancelled():
+        flushing.exception()

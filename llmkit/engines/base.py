@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
+from ssl import SSLContext
 from typing import Any, Protocol
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -46,9 +47,18 @@ class Endpoint:
     base_url: str
     model: str
     uds: Path | None = None
+    root_url: str | None = None
+    """Where an engine has what is outside OpenAI's API, such as its metrics; None if it has nothing of that."""
     api_key: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
+    """Seconds without a byte after which a request is given up."""
+    max_retries: int = 0
+    """How often a request is sent again that was not answered, or with 429 or a failure of the endpoint."""
+    proxy: str | None = field(default=None, repr=False)
+    """URL of a proxy on the way."""
+    ssl: SSLContext | None = None
+    """Whose certificates are trusted; None is the system's choice."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class EngineContext:
     logger: logging.Logger
     stall_seconds: float = STALL_SECONDS
     """How long a load may show no sign of life; there is no limit to a load that does."""
+    niceness: int | None = None
+    """How far the processes that compute stand back for others, 0 to 19; None lets the engine type decide."""
     devices: Devices = field(default_factory=Devices)
     gpus: tuple[int, ...] = ()
     """GPUs that were set aside for it; none means that it does not need any."""

@@ -1,64 +1,59 @@
-"""HTTP to an engine: sessions, requests, and its failures in our words.
+"""HTTP to an engine: sessions, requests, tries.
 
 Nothing an upstream says is trusted: redirects and authentication challenges are not followed, answers are
-bounded, compressed ones are neither asked for nor unpacked, and keys are blanked in its words.
+bounded, and compressed ones are neither asked for nor unpacked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
+import random
 import re
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic_core import to_json
+from yarl import URL
 
 from llmkit.engines.base import Endpoint
-from llmkit.errors import (
-    ContextLengthExceeded,
-    EngineGone,
-    EngineRefused,
-    LLMKitError,
-    ModelNameNotFound,
-    QueueFull,
-    TimedOut,
-    UpstreamFailed,
-    UpstreamRefusedKey,
-    UpstreamUnreachable,
+from llmkit.engines.refusals import MAX_ERROR_BYTES, refusal, retry_after
+from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
+from llmkit.errors import EngineGone, LLMKitError, TimedOut, UpstreamFailed, UpstreamUnreachable
+
+MAX_ANSWER_BYTES: Final = 64 << 20
+MAX_PIECE_BYTES: Final = 256 << 10
+CONNECT_SECONDS: Final = 10.0
+KEEP_ALIVE_SECONDS: Final = 4.0
+"""uvicorn closes an idle connection after 5 s; who keeps it longer writes into a closed one."""
+READ_BYTES: Final = 64 << 10
+BUFFER_BYTES: Final = 16 << 10
+"""aiohttp stops reading at twice as much: what a client does not take stays with the engine."""
+
+RETRIED: Final = frozenset(
+    {
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
 )
+FIRST_PAUSE_SECONDS: Final = 0.5
+LONGEST_PAUSE_SECONDS: Final = 8.0
+END_SECONDS: Final = 0.2
+"""So long is the end of a stream waited for after its last event."""
+LONGEST_WAIT_SECONDS: Final = 60.0
+"""An endpoint that wants to be left alone for longer is not waited for."""
 
-MAX_ANSWER_BYTES = 64 << 20
-MAX_ERROR_BYTES = 64 << 10
-MAX_EVENT_BYTES = 4 << 20
-MAX_PIECE_BYTES = 256 << 10
-CONNECT_SECONDS = 10.0
-# uvicorn closes an idle connection after 5 s; who keeps it longer writes into a closed one.
-KEEP_ALIVE_SECONDS = 4.0
-
-_CONTEXT_WORDS = re.compile(
-    r"context[ _]length|maximum context|max_model_len|maximum model length|too many tokens|prompt is too long",
-    re.IGNORECASE,
-)
-_HOST = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
-_KEY_RUN = 8
-_JSON = {"Content-Type": "application/json"}
-
-
-def redact(text: str, key: str | None) -> str:
-    """Blank a key, and what begins or ends like it, in somebody else's words."""
-    if not key:
-        return text
-    text = text.replace(key, "[key]")
-    if len(key) > _KEY_RUN:
-        text = re.sub(re.escape(key[:_KEY_RUN]) + r"[^\s\"',]*", "[key]", text)
-        text = re.sub(r"[^\s\"',]*" + re.escape(key[-_KEY_RUN:]), "[key]", text)
-    return text
+_HOST: Final = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+_JSON: Final = {"Content-Type": "application/json"}
 
 
 def origin_of(url: str) -> str:
@@ -84,16 +79,38 @@ def origin_of(url: str) -> str:
     return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
+def pause_before_retry(headers: Mapping[str, str], tries: int) -> float | None:
+    """Give the seconds to wait before a request is sent again, or None to leave it.
+
+    Parameters
+    ----------
+    headers
+        Of the answer; its ``Retry-After`` counts.
+    tries
+        How often it was sent.
+    """
+    asked = retry_after(headers)
+    if asked is not None:
+        return asked if asked <= LONGEST_WAIT_SECONDS else None
+    # Not all at the same moment: a quarter of it is chance.
+    pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS)
+    return pause * (1 - 0.25 * random.random())  # noqa: S311  # no secret
+
+
 class EngineHTTP:
     """Keep-alive connections to one engine's OpenAI-compatible API."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self.takes_stream_options = True
+        """Whether it was not seen yet that the endpoint refuses ``stream_options``."""
         connector: aiohttp.BaseConnector
         if endpoint.uds is not None:
             connector = aiohttp.UnixConnector(str(endpoint.uds), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
         else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
+            connector = aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, ssl=endpoint.ssl if endpoint.ssl is not None else True
+            )
         headers = {"Accept-Encoding": "identity", "User-Agent": "llmkit", **endpoint.headers}
         if endpoint.api_key:
             headers["Authorization"] = f"Bearer {endpoint.api_key}"
@@ -102,12 +119,105 @@ class EngineHTTP:
             headers=headers,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
+            proxy=endpoint.proxy,
+            read_bufsize=BUFFER_BYTES,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=endpoint.timeout),
         )
+        self._urls: dict[str, URL] = {}
 
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
+
+    @asynccontextmanager
+    async def open(
+        self, path: str, body: bytes | None = None, *, method: str = "POST", headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request and give the answer, whatever its status; leaving it early ends it at the engine, too.
+
+        Parameters
+        ----------
+        path
+            Below ``base_url``; one that begins with two slashes below ``root_url``, for what is outside OpenAI's API.
+
+        Raises
+        ------
+        EngineGone, TimedOut, UpstreamFailed
+            If there is none, or it is compressed.
+        """
+        url = self._url(path)
+        sent = {**_JSON, **headers} if headers else _JSON if body is not None else None
+        try:
+            response = await self._send(method, url, body, sent)
+            async with response:
+                encoding = response.headers.get("Content-Encoding")
+                if encoding is not None and encoding != "identity":
+                    raise UpstreamFailed(
+                        f"{self.name} sends its answer compressed, which it was asked not to do.",
+                        hint="Check base_url: a proxy on the way may do that.",
+                    )
+                if response.connection is not None and response.connection.transport is not None:
+                    # How much is read at once; asyncio's default is four times as much.
+                    with contextlib.suppress(AttributeError):  # an event loop of another make
+                        setattr(response.connection.transport, "max_size", READ_BYTES)  # noqa: B010  # not of all
+                yield response
+        except (TimeoutError, aiohttp.ServerTimeoutError) as error:
+            raise TimedOut(f"{self.name} did not answer in time.", hint="Raise `timeout`, or ask for less.") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # ValueError: host names and headers that cannot be sent.
+            raise self._gone(error) from error
+
+    def _url(self, path: str) -> URL:
+        url = self._urls.get(path)
+        if url is None:
+            endpoint = self.endpoint
+            base, rest = (endpoint.root_url, path[1:]) if path.startswith("//") else (endpoint.base_url, path)
+            assert base is not None  # noqa: S101  # callers look whether there is a root_url
+            url = self._urls[path] = URL(base.rstrip("/") + rest, encoded=True)
+        return url
+
+    async def _send(
+        self, method: str, url: URL, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> aiohttp.ClientResponse:
+        """Send a request, again where that may help and nothing was answered yet."""
+        tries = 0
+        while True:
+            tries += 1
+            last = tries > self.endpoint.max_retries
+            pause: float | None
+            try:
+                response = await self._send_once(method, url, body, headers)
+            except (aiohttp.ClientConnectorCertificateError, aiohttp.ServerTimeoutError):
+                raise
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+                if last:
+                    raise
+                pause = pause_before_retry({}, tries)
+            else:
+                if response.status not in RETRIED or last:
+                    return response
+                pause = pause_before_retry(response.headers, tries)
+                if pause is None:
+                    return response
+                response.close()
+            assert pause is not None  # noqa: S101  # without headers there is one
+            await asyncio.sleep(pause)
+
+    async def _send_once(
+        self, method: str, url: URL, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> aiohttp.ClientResponse:
+        def send() -> Awaitable[aiohttp.ClientResponse]:
+            # A file is sent piece by piece; bytes of a large prompt in one piece would hold up the event loop.
+            data = io.BytesIO(body) if body is not None and len(body) > MAX_PIECE_BYTES else body
+            return self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
+
+        try:
+            return await send()
+        except aiohttp.ClientConnectionResetError:
+            # A kept connection that the engine had closed: nothing was sent, so once more is safe.
+            return await send()
+
+    # -- whole answers -------------------------------------------------------------------------------------
 
     async def json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a request and give its JSON object.
@@ -117,11 +227,63 @@ class EngineHTTP:
         LLMKitError
             For any answer but a 2xx with a JSON object, and for none.
         """
-        async with self._request(method, path, body) as response:
-            data = await _read(response, MAX_ANSWER_BYTES)
+        async with self.open(path, None if body is None else to_json(body), method=method) as response:
+            await self.check_status(response)
+            data = await read_whole(response)
             answer = _object(data)
             self._raise_error_in(answer, data)
             return answer
+
+    async def status(self, path: str) -> tuple[int, Any]:
+        """Send a GET and give its status with its JSON, or None where that is not JSON."""
+        async with self.open(path, method="GET") as response:
+            try:
+                return response.status, json.loads(await read_whole(response))
+            except ValueError:
+                return response.status, None
+
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[list[dict[str, Any]]]:
+        """Send a request that streams, and give the JSON objects of the events, as many at once as have come.
+
+        Raises
+        ------
+        LLMKitError
+            As `json`; also for an error in an event, and if there is no ``[DONE]`` at the end.
+        """
+        cutter = EventCutter()
+        async with self.open(path, to_json(body)) as response:
+            await self.check_status(response)
+            async for part in response.content.iter_any():
+                objects, failure, ended = self._read_events(cutter.feed(part))
+                if objects:
+                    yield objects
+                if failure is not None:
+                    raise failure
+                if ended:
+                    await finish_reading(response)
+                    return
+        raise EngineGone("The engine ended its answer before it was complete.", hint="Send the request again.")
+
+    def _read_events(self, events: bytes) -> tuple[list[dict[str, Any]], LLMKitError | None, bool]:
+        """Give the objects of some events up to an error or the end, the error, and whether it was the end."""
+        objects: list[dict[str, Any]] = []
+        for event in split_events(events):
+            data = data_of(event)
+            if data == DONE:
+                return objects, None, True
+            if data is not None:
+                try:
+                    told = _object(data)
+                    self._raise_error_in(told, data)
+                except LLMKitError as error:
+                    return objects, error, False
+                objects.append(told)
+        return objects, None, False
+
+    async def check_status(self, response: aiohttp.ClientResponse) -> None:
+        """Raise what an answer without success means."""
+        if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
+            raise self.refusal(response.status, await read_start(response), response.headers)
 
     def _raise_error_in(self, answer: dict[str, Any], data: bytes) -> None:
         """Raise the error that some endpoints send with status 200."""
@@ -131,68 +293,26 @@ class EngineHTTP:
             known = isinstance(code, int) and HTTPStatus.BAD_REQUEST <= code < 600
             raise self.refusal(code if isinstance(code, int) and known else HTTPStatus.BAD_GATEWAY, data)
 
-    async def status(self, path: str) -> tuple[int, Any]:
-        """Send a GET and give its status with its JSON, or None where that is not JSON."""
-        async with self._open("GET", path, None) as response:
-            try:
-                return response.status, json.loads(await _read(response, MAX_ANSWER_BYTES))
-            except ValueError:
-                return response.status, None
-
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Send a request that streams, and give the JSON object of each server-sent event until ``[DONE]``."""
-        async with self._request("POST", path, body) as response:
-            async for data in _sse(response):
-                if data == b"[DONE]":
-                    return
-                event = _object(data)
-                self._raise_error_in(event, data)
-                yield event
-        raise EngineGone("The engine ended its answer before it was complete.", hint="Send the request again.")
-
-    @asynccontextmanager
-    async def _request(
-        self, method: str, path: str, body: dict[str, Any] | None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with self._open(method, path, body) as response:
-            if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
-                raise self.refusal(response.status, await _read(response, MAX_ERROR_BYTES, cut=True))
-            yield response
-
-    @asynccontextmanager
-    async def _open(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = self.endpoint.base_url.rstrip("/") + path
-        encoded = None if body is None else to_json(body)
-
-        def send() -> Awaitable[aiohttp.ClientResponse]:
-            # A file is sent piece by piece; bytes of a large prompt in one piece would hold up the event loop.
-            data = io.BytesIO(encoded) if encoded and len(encoded) > MAX_PIECE_BYTES else encoded
-            headers = _JSON if encoded else None
-            return self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
-
-        try:
-            try:
-                response = await send()
-            except aiohttp.ClientConnectionResetError:
-                # A kept connection that the engine had closed: nothing was sent, so once more is safe.
-                response = await send()
-            async with response:
-                yield response
-        except (TimeoutError, aiohttp.ServerTimeoutError) as error:
-            raise TimedOut(f"{self._name} did not answer in time.", hint="Raise `timeout`, or ask for less.") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            # ValueError: host names and headers that cannot be sent.
-            raise self._gone(error) from error
+    # -- failures ------------------------------------------------------------------------------------------
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What to call the endpoint in a sentence."""
         return "The engine" if self.endpoint.uds else origin_of(self.endpoint.base_url)
+
+    def refusal(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> LLMKitError:
+        """Give the error that an answer of the engine means."""
+        return refusal(self.endpoint, self.name, status, body, headers or {})
 
     def _gone(self, error: Exception) -> LLMKitError:
         if self.endpoint.uds:
             return EngineGone("The engine ended or does not answer.", hint="Load the model again; its log says more.")
         if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
             why = "its certificate was not accepted"
+        elif isinstance(error, aiohttp.ClientProxyConnectionError):
+            why = "the proxy on the way to it cannot be reached"
+        elif isinstance(error, aiohttp.ClientHttpProxyError):
+            why = "the proxy on the way to it refused"
         elif isinstance(error, aiohttp.ClientConnectorDNSError):
             why = "its name is not known"
         elif isinstance(error, aiohttp.ClientConnectorError):
@@ -205,49 +325,31 @@ class EngineHTTP:
             hint="Check base_url, and that the endpoint is up and can be reached from the Jupyter server.",
         )
 
-    def refusal(self, status: int, body: bytes = b"") -> LLMKitError:
-        """Give the error that an answer of the engine means."""
-        # What is said with a 401 often holds parts of the key; it is not repeated.
-        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-            given = "the key" if self.endpoint.api_key else "a request without a key"
-            return UpstreamRefusedKey(
-                f"{self._name} refused {given} ({status}).",
-                param="model_kwargs.api_key",
-                hint="Configure the model with an api_key that this endpoint accepts, for example env:OPENAI_API_KEY.",
-            )
-        said = redact(_message(body), self.endpoint.api_key)
-        if status in (
-            HTTPStatus.BAD_REQUEST,
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        ):
-            if _CONTEXT_WORDS.search(said):
-                return ContextLengthExceeded(
-                    said,
-                    param="prompt",
-                    hint="Shorten the prompt, lower max_tokens, or load with a larger max_model_len.",
-                )
-            return EngineRefused(
-                said or f"{self._name} refused the request ({status}).",
-                param=redact(_param(body) or "", self.endpoint.api_key)[:200] or None,
-            )
-        if status == HTTPStatus.NOT_FOUND:
-            return ModelNameNotFound(
-                said or f"{self._name} does not know `{self.endpoint.model}`, or has no such path.",
-                param="model_name",
-                hint="Check model_name and base_url.",
-            )
-        if status == HTTPStatus.TOO_MANY_REQUESTS:
-            return QueueFull(said or f"{self._name} asks to slow down.", hint="Wait a little, then send it again.")
-        if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
-            return UpstreamFailed(
-                f"{self._name} redirects elsewhere; redirects are not followed.",
-                hint="Set base_url to the final address.",
-            )
-        return UpstreamFailed(f"{self._name} failed ({status}): {said}"[:2000], hint="Send it again later.")
+
+# -- reading -----------------------------------------------------------------------------------------------
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool = False) -> bytes:
+async def read_whole(response: aiohttp.ClientResponse) -> bytes:
+    """Read an answer, or raise `UpstreamFailed` if it is too large."""
+    return await _read(response, MAX_ANSWER_BYTES, cut=False)
+
+
+async def read_start(response: aiohttp.ClientResponse) -> bytes:
+    """Read so much of an answer as is needed to say what it means."""
+    return await _read(response, MAX_ERROR_BYTES, cut=True)
+
+
+async def finish_reading(response: aiohttp.ClientResponse) -> None:
+    """Read the end of an answer whose last event has come, so that its connection can be used again."""
+    if not response.content.at_eof():
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await response.content.readany()
+        except (TimeoutError, aiohttp.ClientError):
+            pass  # the connection is closed then
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
     parts: list[bytes] = []
     size = 0
     async for part in response.content.iter_any():
@@ -270,45 +372,3 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UpstreamFailed("The endpoint's answer is not a JSON object.", hint="Check base_url.")
     return value
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    error = value.get("error", value) if isinstance(value, dict) else {}
-    return error if isinstance(error, dict) else {"message": error}
-
-
-def _message(body: bytes) -> str:
-    fields = _fields(body)
-    said = fields.get("message") or fields.get("detail") or ("" if fields else body.decode("utf-8", "replace"))
-    return " ".join(str(said).split())[:1000]
-
-
-def _param(body: bytes) -> str | None:
-    param = _fields(body).get("param")
-    return param if isinstance(param, str) else None
-
-
-async def _sse(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """Give the data of each server-sent event; comments and other fields are passed over."""
-    buffer = b""
-    data: list[bytes] = []
-    async for part in response.content.iter_any():
-        *lines, buffer = (buffer + part).split(b"\n")
-        if len(buffer) > MAX_EVENT_BYTES:
-            raise UpstreamFailed("The endpoint sends an endless line.")
-        for raw in lines:
-            line = raw.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-                if sum(map(len, data)) > MAX_EVENT_BYTES:
-                    raise UpstreamFailed("The endpoint sends an endless event.")
-            elif not line and data:
-                yield b"\n".join(data)
-                data = []
-        await asyncio.sleep(0)  # one part can hold thousands of events; others have a turn too
-    if data:
-        yield b"\n".join(data)

@@ -17,12 +17,15 @@ from urllib.parse import quote
 from pydantic import Field, JsonValue, StringConstraints
 
 from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
-from llmkit.engines.http import EngineHTTP, origin_of, redact
+from llmkit.engines.http import EngineHTTP, origin_of
+from llmkit.engines.outgoing import proxy_for, trusted_certificates
+from llmkit.engines.refusals import redact
 from llmkit.errors import LLMKitError, ModelNameNotFound, UpstreamFailed
 from llmkit.schemas import Capabilities, Configuration, Memory, MemoryEstimate, Strict
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 DEFAULT_TIMEOUT_SECONDS = 600.0
+DEFAULT_RETRIES = 2
 PROBE_SECONDS = 30.0
 _REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 # Printable ASCII only: anything else could not stand in a header.
@@ -63,6 +66,14 @@ class OpenAIArguments(Strict):
         gt=0,
         le=86400,
         description="Seconds without a sign of life after which a request is given up.",
+        json_schema_extra={"group": "other"},
+    )
+    max_retries: int | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="How often a request is sent again if the endpoint is busy or fails before it answers; "
+        f"{DEFAULT_RETRIES} if not given.",
         json_schema_extra={"group": "other"},
     )
 
@@ -118,14 +129,18 @@ class OpenAIEngineType:
             for name, header in (("organization", "OpenAI-Organization"), ("project", "OpenAI-Project"))
             if arguments.get(name)
         }
+        base_url = self._base_url(configuration)
+        retries = arguments.get("max_retries")
         endpoint = Endpoint(
-            base_url=self._base_url(configuration),
+            base_url=base_url,
             model=configuration.model_name,
             api_key=context.api_key,
             headers=headers,
             timeout=arguments.get("timeout") or DEFAULT_TIMEOUT_SECONDS,
+            max_retries=DEFAULT_RETRIES if retries is None else retries,
+            proxy=proxy_for(base_url, self._environ),
         )
-        return OpenAIEngine(endpoint, arguments)
+        return OpenAIEngine(endpoint, arguments, self._environ)
 
     def _base_url(self, configuration: Configuration) -> str:
         given = sort_kwargs(self, configuration.model_kwargs).engine.get("base_url")
@@ -135,9 +150,10 @@ class OpenAIEngineType:
 class OpenAIEngine:
     """One remote model."""
 
-    def __init__(self, endpoint: Endpoint, arguments: dict[str, JsonValue]) -> None:
+    def __init__(self, endpoint: Endpoint, arguments: dict[str, JsonValue], environ: Mapping[str, str]) -> None:
         self.endpoint = endpoint
         self._api = arguments.get("api")
+        self._environ = environ
 
     async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
         """Return when the endpoint has answered, taken the key and known the model.
@@ -148,9 +164,12 @@ class OpenAIEngine:
             If it cannot be used.
         """
         report(LoadProgress("starting"))
+        if self.endpoint.base_url.startswith("https:"):
+            certificates = await asyncio.to_thread(trusted_certificates, self._environ)
+            self.endpoint = replace(self.endpoint, ssl=certificates)
         # Whether it can be used shows soon; an answer may take longer.
         quick = min(self.endpoint.timeout or PROBE_SECONDS, PROBE_SECONDS)
-        http = EngineHTTP(replace(self.endpoint, timeout=quick))
+        http = EngineHTTP(replace(self.endpoint, timeout=quick, max_retries=0))
         try:
             await self._find_model(http)
         finally:

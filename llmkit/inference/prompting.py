@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
 from llmkit.engines.base import does_not_fit, validation_details
 from llmkit.engines.http import MAX_ANSWER_BYTES
-from llmkit.errors import ParameterForbidden, UpstreamFailed
-from llmkit.schemas import (
-    API,
-    Cost,
-    GenerationParameters,
-    InferenceAnswer,
-    InferenceOptions,
-    InferenceRequest,
-    Prices,
-    Timings,
-    Usage,
-)
+from llmkit.errors import LLMKitError, ParameterForbidden, UpstreamFailed
+from llmkit.inference import openai_api
+from llmkit.inference.openai_api import with_defaults
+from llmkit.inference.running import Running, read_usage
+from llmkit.schemas import API, GenerationParameters, InferenceAnswer, InferenceOptions, InferenceRequest, Usage
 
-# What would choose another model, replace the prompt, run a template of the sender, or fetch for the sender.
+# What would choose another model or replace the prompt.
 FORBIDDEN = {
     "model": "model_id says which model answers.",
     "prompt": "The prompt stands beside inference_kwargs.",
     "input": "The prompt stands beside inference_kwargs.",
     "stream_options": "Every answer carries its usage.",
-    "chat_template": "A template of the request is code that the engine would run.",
-    "chat_template_kwargs": "The configuration decides how prompts are rendered.",
-    "media_io_kwargs": "The configuration decides how media are read.",
-    "mm_processor_kwargs": "The configuration decides how media are read.",
-    "vllm_xargs": "Engine internals are not for requests.",
-    "kv_transfer_params": "Engine internals are not for requests.",
+    **openai_api.FORBIDDEN,
 }
-_ALIASES = ({"max_tokens", "max_completion_tokens"},)
 
 
 def read_options(request: InferenceRequest) -> InferenceOptions:
@@ -75,21 +60,21 @@ def to_openai(
     defaults: Mapping[str, JsonValue],
     api: API,
     model: str,
+    *,
+    stream_options: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """Make path and body of the engine's request; the request's own parameters win over the configuration's.
+
+    ``stream_options`` says whether the engine can be asked for the usage of a stream.
 
     Raises
     ------
     ParameterForbidden
         If a model without a chat template is given a system prompt or messages.
     """
-    given = options.model_extra or {}
-    parameters = dict(defaults)
-    for names in _ALIASES:
-        if names & given.keys():
-            parameters = {k: v for k, v in parameters.items() if k not in names}
-    body: dict[str, Any] = {**parameters, **given, "model": model, "stream": options.stream}
-    if options.stream:
+    parameters = with_defaults(defaults, options.model_extra or {})
+    body: dict[str, Any] = {**parameters, "model": model, "stream": options.stream}
+    if options.stream and stream_options:
         body["stream_options"] = {"include_usage": True}
     if api == "chat":
         messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
@@ -108,30 +93,6 @@ def to_openai(
     return path, body
 
 
-@dataclass
-class Clock:
-    """When the steps of one request happened, in seconds of `time.monotonic`."""
-
-    start: float = field(default_factory=time.monotonic)
-    queue: float = 0.0
-    load: float = 0.0
-    sent: float | None = None
-    first_token: float | None = None
-
-    def timings(self, usage: Usage | None) -> Timings:
-        """Give the durations up to now."""
-        now = time.monotonic()
-        tokens = usage.completion_tokens if usage else None
-        generating = now - (self.sent if self.sent is not None else self.start)
-        return Timings(
-            queue=round(self.queue, 6),
-            load=round(self.load, 6),
-            first_token=None if self.first_token is None else round(self.first_token - self.start, 6),
-            total=round(now - self.start, 6),
-            tokens_per_second=round(tokens / generating, 3) if tokens and generating > 0 else None,
-        )
-
-
 class Collector:
     """Puts the pieces of an answer together, streamed or not."""
 
@@ -139,6 +100,7 @@ class Collector:
         self.text: list[str] = []
         self.reasoning: list[str] = []
         self.tool_calls: dict[int, dict[str, Any]] = {}
+        self.logprobs: dict[str, list[Any]] = {}
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         self.size = 0
@@ -152,6 +114,18 @@ class Collector:
                 "The endpoint's answer has not the form of OpenAI's API.", hint="Check base_url and api."
             ) from error
 
+    def add_all(self, pieces: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], LLMKitError | None]:
+        """Take chunks up to the first that is wrong; give what is new in them as frames, and what was wrong."""
+        frames = []
+        for piece in pieces:
+            try:
+                frame = self.add(piece)
+            except LLMKitError as error:
+                return frames, error
+            if frame:
+                frames.append(frame)
+        return frames, None
+
     def add_whole(self, answer: Mapping[str, Any]) -> None:
         """Take an answer that came in one piece, or raise `UpstreamFailed` if it is none."""
         if not answer.get("choices"):
@@ -159,8 +133,12 @@ class Collector:
         self.add(answer)
 
     def _add(self, piece: Mapping[str, Any]) -> dict[str, Any]:
-        if isinstance(piece.get("usage"), dict):
-            self.usage = Usage.model_validate({k: piece["usage"].get(k) for k in Usage.model_fields})
+        told = piece.get("usage")
+        if isinstance(told, dict):
+            usage = read_usage(told)
+            if usage is None and told.keys() & Usage.model_fields.keys():
+                raise TypeError("usage that is no numbers")
+            self.usage = usage or self.usage
         choices = piece.get("choices")
         if not choices:
             return {}
@@ -182,7 +160,18 @@ class Collector:
             frame["reasoning"] = reasoning
         for call in part.get("tool_calls") or []:
             self._add_tool_call(call)
+        logprobs = choice.get("logprobs")
+        if logprobs:
+            self._add_logprobs(logprobs)
+            frame.setdefault("delta", "")
+            frame["logprobs"] = logprobs
         return frame
+
+    def _add_logprobs(self, logprobs: Mapping[str, Any]) -> None:
+        # Lists in parallel, one entry a token: `content` and `refusal` of chat, `tokens` and others of completions.
+        for name, values in logprobs.items():
+            if isinstance(values, list):
+                self.logprobs.setdefault(name, []).extend(values)
 
     def _add_tool_call(self, call: Mapping[str, Any]) -> None:
         # In a stream a call arrives in pieces of one index; the arguments are cut anywhere.
@@ -196,18 +185,19 @@ class Collector:
         for name in ("name", "arguments"):
             known["function"][name] += function.get(name) or ""
 
-    def answer(self, model_id: str, request_id: str, clock: Clock, prices: Prices | None) -> InferenceAnswer:
+    def answer(self, running: Running) -> InferenceAnswer:
         """Give the whole answer."""
         return InferenceAnswer(
             response="".join(self.text),
-            model_id=model_id,
-            request_id=request_id,
+            model_id=running.answered_by or running.model_id,
+            request_id=running.request_id,
             finish_reason=self.finish_reason,
             reasoning="".join(self.reasoning) or None,
             tool_calls=[self.tool_calls[i] for i in sorted(self.tool_calls)] or None,
+            logprobs=self.logprobs or None,
             usage=self.usage,
-            timings=clock.timings(self.usage),
-            cost=_cost(self.usage, prices),
+            timings=running.timings(),
+            cost=running.cost(),
         )
 
 
@@ -216,10 +206,3 @@ def _text(value: object) -> str:
         raise TypeError(f"{type(value).__name__} in the place of text")
     # Half a surrogate pair cannot be sent on as UTF-8.
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _cost(usage: Usage | None, prices: Prices | None) -> Cost | None:
-    if prices is None or usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
-        return None
-    amount = (usage.prompt_tokens * prices.input + usage.completion_tokens * prices.output) / 1_000_000
-    return Cost(amount=round(amount, 12), currency=prices.currency)

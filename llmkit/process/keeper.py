@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -196,6 +197,16 @@ class KeptProcess:
             await asyncio.wait([self._watch_task])
         return await self._end_without_guardian(grace=0)
 
+    # -- priority ------------------------------------------------------------------------------------------
+
+    async def be_nice(self, prefix: str, niceness: int) -> None:
+        """Let the processes of the tree whose name begins in a certain way stand back for all others.
+
+        ``niceness`` is that of `nice(2)`. On Linux each thread has its own, and hands it to those that it makes.
+        """
+        for process in await self.processes(prefix):
+            await asyncio.to_thread(_be_nice, process, niceness)
+
     # -- measure -------------------------------------------------------------------------------------------
 
     async def processes(self, prefix: str = "") -> dict[Process, str]:
@@ -209,6 +220,13 @@ class KeptProcess:
     async def cpu_seconds(self) -> float:
         """Add up the processor time that the whole tree has used."""
         return await asyncio.to_thread(_cpu_seconds, self.guardian_pid) if self.guardian_pid else 0.0
+
+
+def _be_nice(process: Process, niceness: int) -> None:
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        for thread in os.listdir(f"/proc/{process.pid}/task"):  # noqa: PTH208  # names are all that is wanted
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
 
 
 def _named(root: int, prefix: str) -> dict[Process, str]:

@@ -1,6 +1,6 @@
-"""The file of the database: opened, migrated, read and written; what is broken is kept aside, and saved from.
+"""The file of a database: opened, migrated, read and written; what is broken is kept aside, and saved from.
 
-All methods block; the registry calls them on one thread of its own.
+All methods block; the registry calls them on one thread of its own for each file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llmkit.errors import DiskFull, LLMKitError, NotReady
 from llmkit.registry.presence import one_at_a_time
@@ -78,13 +79,51 @@ class StoreTooNewError(LLMKitError):
     code = "store_too_new"
 
 
+@dataclass(frozen=True)
+class Schema:
+    """What is in one file of a state folder.
+
+    Attributes
+    ----------
+    file_name
+        Its name in the folder.
+    application_id
+        Tells it from any other SQLite database, also from others of ours.
+    migrations
+        What makes each version of the schema out of the one before.
+    contents
+        What it holds, for messages.
+    is_salvaged
+        Whether what can be read of a broken file is taken over into the new one. Only the configurations are.
+    """
+
+    file_name: str
+    application_id: int
+    migrations: Sequence[Sequence[str]]
+    contents: str
+    is_salvaged: bool = False
+
+    @property
+    def version(self) -> int:
+        """The version that the migrations lead to."""
+        return len(self.migrations)
+
+
+CONFIGURATIONS = Schema("llmkit.sqlite", APPLICATION_ID, MIGRATIONS, "configurations", is_salvaged=True)
+
+
 class Database:
-    """One connection to the database of configurations.
+    """One connection to a database: that of the configurations, unless a subclass has another schema.
 
     Parameters
     ----------
     folder
         The state folder; made with mode 0700 if it is missing.
+
+    Attributes
+    ----------
+    schema
+        What is in the file.
 
     Raises
     ------
@@ -96,8 +135,10 @@ class Database:
         If the folder cannot be used.
     """
 
+    schema: ClassVar[Schema] = CONFIGURATIONS
+
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "llmkit.sqlite"
+        self.path = folder / self.schema.file_name
         self._problems: list[str] = []
         self._openings = 0
         self._file: tuple[int, int] | None = None
@@ -105,10 +146,10 @@ class Database:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._open()
         except (sqlite3.Error, TimeoutError) as error:
-            raise explain(error, self.path) from error
+            raise explain(error, self.path, self.schema.contents) from error
         except OSError as error:
             if _is_full(error):
-                raise explain(error, self.path) from error
+                raise explain(error, self.path, self.schema.contents) from error
             raise
 
     @property
@@ -117,8 +158,8 @@ class Database:
         return list(self._problems)
 
     def condition(self) -> StoreCondition:
-        """Say how the configurations are stored."""
-        return StoreCondition(path=str(self.path), journal_mode=self._journal_mode, schema_version=SCHEMA_VERSION)
+        """Say how the rows are stored."""
+        return StoreCondition(path=str(self.path), journal_mode=self._journal_mode, schema_version=self.schema.version)
 
     @property
     def has_lost(self) -> bool:
@@ -167,21 +208,22 @@ class Database:
         return aside
 
     def _start_anew(self, aside: Path) -> sqlite3.Connection:
-        """Go on with what can be read of a file that was kept aside."""
+        """Go on with a new file, and with what can be read of the one that was kept aside."""
         connection = self._connect()
         try:
             self._prepare(connection)
         except BaseException:
             connection.close()
             raise
-        try:
-            with self._transaction(connection):
-                saved = _salvage(aside, connection)
-        except (sqlite3.Error, UnicodeDecodeError, OSError):
-            saved = 0
-        self._problems.append(
-            f"the database could not be read; it was kept as {aside.name}, configurations saved from it: {saved}"
-        )
+        problem = f"the database could not be read; it was kept as {aside.name}"
+        if self.schema.is_salvaged:
+            try:
+                with self._transaction(connection):
+                    saved = _salvage(aside, connection, self.schema)
+            except (sqlite3.Error, UnicodeDecodeError, OSError):
+                saved = 0
+            problem += f", {self.schema.contents} saved from it: {saved}"
+        self._problems.append(problem)
         return connection
 
     def _connect(self) -> sqlite3.Connection:
@@ -199,11 +241,11 @@ class Database:
         wal = _probe(self.path)
         if not wal:  # a file in WAL mode can then be read only without the shared memory
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        _check_readable(connection, self.path)
+        _check_readable(connection, self.path, self.schema)
         self._journal_mode = _use_wal(connection) if wal else _use_journal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         with self._transaction(connection):
-            _migrate(connection)
+            _migrate(connection, self.schema)
 
     @staticmethod
     @contextlib.contextmanager
@@ -236,7 +278,7 @@ class Database:
             if _is_broken(error):
                 with contextlib.suppress(sqlite3.Error, UnicodeDecodeError, OSError):  # the next call tries again
                     self._reopen()
-            raise explain(error, self.path) from error
+            raise explain(error, self.path, self.schema.contents) from error
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -280,15 +322,15 @@ def _is_full(error: Exception) -> bool:
     return _code(error) == sqlite3.SQLITE_FULL
 
 
-def explain(error: Exception, path: Path) -> LLMKitError:
+def explain(error: Exception, path: Path, contents: str = CONFIGURATIONS.contents) -> LLMKitError:
     """Make an error of ours out of one of SQLite or of the system."""
     if _is_full(error):
-        return DiskFull("There is no room on the disk for the configurations.", hint=f"Free space at {path.parent}.")
+        return DiskFull(f"There is no room on the disk for the {contents}.", hint=f"Free space at {path.parent}.")
     if isinstance(error, TimeoutError) or _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return NotReady("Another server holds the database.", hint="Try again.")
     if _is_broken(error):
         return NotReady("The database was damaged.", hint="Try again; GET /llm/health says what was done.")
-    return NotReady(f"The configurations cannot be used: {error}.", hint=f"Look at {path}.")
+    return NotReady(f"The {contents} cannot be used: {error}.", hint=f"Look at {path}.")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -318,39 +360,39 @@ def json_object(text: object) -> dict[str, Any] | None:
 # -- what is in a file -----------------------------------------------------------------------------------------
 
 
-def _check_readable(connection: sqlite3.Connection, path: Path) -> None:
+def _check_readable(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
     """Look, before anything is changed, whether this file is ours to change."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     # Not quick_check: an ID that differs from the index's would be taken for another configuration.
     if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
         raise _DamagedError("integrity_check failed")
-    if application_id == APPLICATION_ID and version > SCHEMA_VERSION:
+    if application_id == schema.application_id and version > schema.version:
         raise StoreTooNewError(
-            f"{path} has schema version {version}; this llmkit knows {SCHEMA_VERSION}.",
+            f"{path} has schema version {version}; this llmkit knows {schema.version}.",
             hint="Upgrade llmkit, or set LLMKIT_STATE_DIR to another folder.",
         )
-    if (application_id or version or _columns(connection)) and application_id != APPLICATION_ID:
+    if (application_id or version or _columns(connection)) and application_id != schema.application_id:
         raise _DamagedError("not a database of llmkit")
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _migrate(connection: sqlite3.Connection, schema: Schema) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if not 0 <= version <= SCHEMA_VERSION:
+    if not 0 <= version <= schema.version:
         raise _DamagedError(f"no schema has version {version}")
     try:
-        for steps in MIGRATIONS[version:]:
+        for steps in schema.migrations[version:]:
             for step in steps:
                 connection.execute(step)
     except sqlite3.OperationalError as error:
         if _code(error) == sqlite3.SQLITE_ERROR:  # a table is there already: it is not of the version that it says
             raise _DamagedError(str(error)) from error
         raise
-    if not _ideal_columns() <= _columns(connection):
+    if not _ideal_columns(schema) <= _columns(connection):
         raise _DamagedError("the tables are not ours")
-    if version < SCHEMA_VERSION:
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    if version < schema.version:
+        connection.execute(f"PRAGMA application_id = {schema.application_id}")
+        connection.execute(f"PRAGMA user_version = {schema.version}")
 
 
 def _columns(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
@@ -362,14 +404,14 @@ def _columns(connection: sqlite3.Connection) -> set[tuple[str, str, str]]:
     )
 
 
-def _ideal_columns() -> set[tuple[str, str, str]]:
+def _ideal_columns(schema: Schema) -> set[tuple[str, str, str]]:
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-        for step in itertools.chain(*MIGRATIONS):
+        for step in itertools.chain(*schema.migrations):
             connection.execute(step)
         return _columns(connection)
 
 
-def _salvage(aside: Path, connection: sqlite3.Connection) -> int:
+def _salvage(aside: Path, connection: sqlite3.Connection, schema: Schema) -> int:
     """Copy every row that can still be read, and give the number of configurations.
 
     Two tries: as the file is, and with the first page of a new database in the place of its own. That page says
@@ -383,16 +425,16 @@ def _salvage(aside: Path, connection: sqlite3.Connection) -> int:
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copyfile(aside.with_name(aside.name + suffix), scratch.with_name(scratch.name + suffix))
             if renewed:
-                _renew_first_page(scratch)
-            _copy_rows(scratch, connection)
+                _renew_first_page(scratch, schema)
+            _copy_rows(scratch, connection, schema)
     (count,) = connection.execute("SELECT count(*) FROM configurations").fetchone()
     return int(count)
 
 
-def _renew_first_page(path: Path) -> None:
+def _renew_first_page(path: Path, schema: Schema) -> None:
     new = path.with_name("new")
     with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
-        for step in itertools.chain(*MIGRATIONS):
+        for step in itertools.chain(*schema.migrations):
             connection.execute(step)
         (size,) = connection.execute("PRAGMA page_size").fetchone()
     page = bytearray(new.read_bytes()[:size])
@@ -402,10 +444,10 @@ def _renew_first_page(path: Path) -> None:
         file.write(page)
 
 
-def _copy_rows(source: Path, connection: sqlite3.Connection) -> None:
+def _copy_rows(source: Path, connection: sqlite3.Connection, schema: Schema) -> None:
     with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as broken:
         broken.text_factory = _text
-        tables = {table for table, _, _ in _ideal_columns()}
+        tables = {table for table, _, _ in _ideal_columns(schema)}
         for table, order in itertools.product(tables, ("ASC", "DESC")):  # up to a bad page from both sides
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 broken.execute("PRAGMA writable_schema = ON")  # reads what it can of a schema that is damaged

@@ -54,6 +54,8 @@ class Loader:
         How many models may hold memory of this machine at once; 0 is no limit.
     stall_seconds
         How long a load may show no sign of life.
+    engine_niceness
+        As in `EngineContext.niceness`.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Loader:
         stall_seconds: float,
         logger: logging.Logger,
         devices: Devices | None = None,
+        *,
+        engine_niceness: int | None = None,
     ) -> None:
         self.devices = devices or Devices()
         self.placement = Placement(self.devices, run_dir.parent / "gpus")
@@ -73,6 +77,7 @@ class Loader:
         self._run_dir = run_dir
         self._max_loaded_models = max_loaded_models
         self._stall_seconds = stall_seconds
+        self._engine_niceness = engine_niceness
         self._log = logger
         self._loads: dict[str, _Load] = {}
         self._local: set[str] = set()
@@ -109,6 +114,7 @@ class Loader:
             api_key=await self._stored.api_key(configuration),
             logger=self._log,
             stall_seconds=self._stall_seconds,
+            niceness=self._engine_niceness,
             devices=self.devices,
             gpus=tuple(reservation.gpus) if reservation is not None else (),
             gpu_memory_utilization=reservation.share if reservation is not None else None,

@@ -22,11 +22,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from llmkit import schemas
 from llmkit.engines.base import Engine, LoadProgress
@@ -34,10 +36,10 @@ from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, last_lines
 from llmkit.errors import EngineCrashed, EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
 from llmkit.inference.admission import Admission
+from llmkit.inference.running import Running
 from llmkit.registry import policies
 from llmkit.registry.load_clock import LoadClock
 from llmkit.registry.policies import LoadRecord
-from llmkit.registry.running import Running
 from llmkit.schemas import Capabilities, Configuration, Memory, ModelError, Phase, Status
 
 TICK_SECONDS = 0.5
@@ -60,8 +62,6 @@ class Turn:
 
     http: EngineHTTP
     capabilities: Capabilities
-    load_seconds: float
-    """So long it has waited for a load."""
 
 
 class Model:
@@ -70,7 +70,8 @@ class Model:
     Parameters
     ----------
     configuration
-        What was asked for; `configuration` may be set anew, and holds from the next load or request.
+        What was asked for; `configuration`, and `generation` with the generation defaults out of it, may be set anew,
+        and hold from the next load or request.
     make_engine
         Makes the engine of one load, and room for it; raises `LLMKitError` if there can be none. Its second
         argument says whether to load by force.
@@ -98,6 +99,7 @@ class Model:
         ttl_limits: tuple[float, float | None] = (-1.0, None),
     ) -> None:
         self.configuration = configuration
+        self.generation: Mapping[str, JsonValue] = {}
         self.admission = Admission(configuration.model_id, max_in_flight, max_queued)
         self.log_file = log_file
         self._make_engine = make_engine
@@ -143,6 +145,18 @@ class Model:
     def live(self) -> bool:
         """Whether an engine runs or is on the way."""
         return self._status in ("loading", "loaded", "unloading")
+
+    @property
+    def load_seconds(self) -> float | None:
+        """How long the last load took; None if it did not end well."""
+        return self._load_seconds
+
+    @property
+    def http(self) -> EngineHTTP:
+        """The way to the engine, or raise `ModelNotLoaded`."""
+        self._check_loaded()
+        assert self._http is not None  # noqa: S101  # loaded
+        return self._http
 
     @property
     def leaving(self) -> bool:
@@ -592,8 +606,10 @@ class Model:
         async def load() -> None:
             nonlocal load_seconds
             asked = time.monotonic()
+            running.status = "loading"
             error = await asyncio.shield(self._start_for_request())
             load_seconds = time.monotonic() - asked
+            running.status = "queued"
             if error is not None:
                 raise error
 
@@ -602,14 +618,15 @@ class Model:
             self._check_loaded()
         try:
             with running.told():
-                async with self.admission.slot(load if loads else None):
+                async with self.admission.slot(running.priority, running, load if loads else None):
                     if not self._draining:
                         self._check_loaded()
                     self._running[running.request_id] = running
                     self._asked_ttl = idle_ttl
                     try:
                         assert self._http is not None  # noqa: S101  # loaded
-                        yield Turn(self._http, self._capabilities, load_seconds)
+                        running.begin(load_seconds)
+                        yield Turn(self._http, self._capabilities)
                     finally:
                         self._running.pop(running.request_id, None)
                         self._last_used_at = datetime.now(UTC)

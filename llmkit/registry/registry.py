@@ -6,8 +6,7 @@ import asyncio
 import difflib
 import logging
 import os
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from llmkit import __version__, schemas
 from llmkit.engines.base import STALL_SECONDS, EngineType, does_not_fit, load_engine_types
+from llmkit.engines.http import read_whole
 from llmkit.engines.log import LogFollower, last_lines
 from llmkit.errors import (
     ConfigurationExists,
@@ -23,24 +23,21 @@ from llmkit.errors import (
     LLMKitError,
     ModelIsLoaded,
     ModelNotFound,
-    RequestNotFound,
     ServerStopping,
-    WrongState,
 )
-from llmkit.inference.prompting import Clock, Collector, read_options, to_openai
+from llmkit.inference.metrics import Metrics
 from llmkit.process.devices import Devices
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
+from llmkit.registry.history import RequestHistory
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
-from llmkit.registry.running import Running
+from llmkit.registry.requests import Requests, no_engine_here
 from llmkit.registry.secrets import KeyPolicy
 from llmkit.schemas import (
     API_VERSION,
     Configuration,
     Health,
-    InferenceAnswer,
-    InferenceRequest,
     Memory,
     ModelConfigRequest,
     Snapshot,
@@ -49,10 +46,7 @@ from llmkit.schemas import (
 REFRESH_SECONDS = 0.5
 EXPIRY_SECONDS = 0.25
 LOG_SECONDS = 0.25
-LOG_QUIET_SECONDS = 15.0
 CLOSE_SECONDS = 12.0
-
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,9 @@ class Settings:
     idle_ttl: float = -1.0
     max_idle_ttl: float | None = None
     stall_seconds: float = STALL_SECONDS
+    engine_niceness: int | None = None
+    record_bodies: bool = False
+    max_record_bytes: int = 64 << 20
     url: str = ""
     """Of this server, for the words of another that shares its home."""
     configurations: Sequence[Mapping[str, Any]] = ()
@@ -93,6 +90,11 @@ class ModelRegistry:
         By name; those that are installed if not given.
     devices
         What the machine has; the real ones if not given.
+
+    Attributes
+    ----------
+    requests
+        Prompts go there.
     """
 
     def __init__(
@@ -120,12 +122,18 @@ class ModelRegistry:
             settings.stall_seconds,
             logger,
             devices,
+            engine_niceness=settings.engine_niceness,
         )
         self._deleting: set[Model] = set()
-        self._running: dict[str, Running] = {}
+        self._metrics = Metrics(lambda: [model.snapshot() for model in self._models.values()])
+        self._history = RequestHistory(settings.state_dir, logger, max_bytes=settings.max_record_bytes)
+        self.requests = Requests(
+            self._for_request, self._metrics, self._history, logger, record_bodies=settings.record_bodies
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._behind = False
+        self._started_at = datetime.now(UTC)
 
     # -- start and stop ------------------------------------------------------------------------------------
 
@@ -148,6 +156,8 @@ class ModelRegistry:
             except LLMKitError as error:
                 # The operator reads the log; the other models are served meanwhile.
                 self._log.error("c.LLMKitApp.configurations: %s", error)
+        await self._history.open()
+        self._metrics.show()
         self._spawn(self._follow_other_servers())
         self._spawn(self._expire())
 
@@ -167,6 +177,8 @@ class ModelRegistry:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._metrics.hide()
+        await self._history.close()
         await self._stored.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -183,7 +195,7 @@ class ModelRegistry:
 
     def health(self) -> Health:
         """Say whether registry and store are well."""
-        problems = self._stored.problems()
+        problems = [*self._stored.problems(), *self._history.problems()]
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,
@@ -223,20 +235,32 @@ class ModelRegistry:
         return await asyncio.to_thread(last_lines, self._by_model_id(model_id).log_file, count)
 
     async def follow_log(self, model_id: str, count: int) -> AsyncGenerator[list[str], None]:
-        """Give the last lines of an engine's log, then what is added, as long as there is such a model.
-
-        After a quiet time it gives an empty list.
-        """
+        """Give the last lines of an engine's log, then what is added, as long as there is such a model."""
         model = self._by_model_id(model_id)
         follower = LogFollower(model.log_file)
         yield await asyncio.to_thread(follower.skip_to_last, count)
-        told = time.monotonic()
         while not self._closing and self._models.get(model_id) is model:
             await asyncio.sleep(LOG_SECONDS)
             lines = await asyncio.to_thread(follower.read)
-            if lines or time.monotonic() - told > LOG_QUIET_SECONDS:
-                told = time.monotonic()
+            if lines:
                 yield lines
+
+    async def engine_metrics(self, model_id: str) -> bytes:
+        """Give what an engine itself tells Prometheus.
+
+        Raises
+        ------
+        ModelNotFound, ModelNotLoaded
+        NotSupported
+            If the model runs elsewhere.
+        """
+        model = self._by_model_id(model_id)
+        http = model.http
+        if http.endpoint.root_url is None:
+            raise no_engine_here(model)
+        async with http.open("//metrics", method="GET") as response:
+            await http.check_status(response)
+            return await read_whole(response)
 
     def snapshot(self) -> Snapshot:
         """Give every model as it is now."""
@@ -259,9 +283,27 @@ class ModelRegistry:
         """Give the ``model_id`` of every loaded model."""
         return [m.configuration.model_id for m in self._models.values() if m.status == "loaded"]
 
+    def openai_models(self) -> list[dict[str, Any]]:
+        """Give the models that can be asked now, loaded or loaded by a request, as OpenAI's API lists models."""
+        models = (model for model in self._models.values() if model.status == "loaded" or model.configuration.auto_load)
+        return [self.openai_model(model.configuration.model_id) for model in models]
+
+    def openai_model(self, model_id: str) -> dict[str, Any]:
+        """Give one model as OpenAI's API tells of models, or raise `ModelNotFound`."""
+        model = self._by_model_id(model_id).snapshot()
+        return {
+            "id": model.model_id,
+            "object": "model",
+            "created": int((model.loaded_at or self._started_at).timestamp()),
+            "owned_by": "llmkit",
+            "root": model.model_name,
+            "status": model.status,
+            "max_model_len": model.capabilities.max_model_len,
+        }
+
     def busy(self) -> int:
         """Count the loads and requests under way."""
-        return len(self._running) + sum(m.status in ("loading", "unloading") for m in self._models.values())
+        return len(self.requests) + sum(m.status in ("loading", "unloading") for m in self._models.values())
 
     def model_types(self) -> list[dict[str, Any]]:
         """Describe every model type: its arguments as JSON schema, and where flat keys belong."""
@@ -293,6 +335,10 @@ class ModelRegistry:
             param="config_id",
             hint="GET /llm/configurations/ lists them.",
         )
+
+    def _for_request(self, model_id: str) -> Model:
+        self._check_open()
+        return self._by_model_id(model_id)
 
     def _by_model_id(self, model_id: str) -> Model:
         if model_id in self._models:
@@ -460,64 +506,6 @@ class ModelRegistry:
                 if expires is not None and expires <= now and model.idle_since is not None:
                     model.start_unloading(reason=f"idle for {(now - model.idle_since).total_seconds():.0f} s")
 
-    # -- prompting -----------------------------------------------------------------------------------------
-
-    async def infer(self, request: InferenceRequest, send: Send | None = None) -> InferenceAnswer:
-        """Ask a model; one with ``auto_load`` is loaded first.
-
-        Parameters
-        ----------
-        request
-            The prompt and its parameters.
-        send
-            Called with each frame of a streamed answer, and awaited before the next is read.
-
-        Raises
-        ------
-        LLMKitError
-        """
-        self._check_open()
-        options = read_options(request)
-        model = self._by_model_id(request.model_id)
-        clock = Clock()
-        running = Running(options.request_id or f"req-{os.urandom(12).hex()}")
-        if running.request_id in self._running:
-            raise WrongState(
-                f"A request {running.request_id!r} is running.",
-                param="inference_kwargs.request_id",
-                hint="Choose another request_id, or none.",
-            )
-        self._running[running.request_id] = running
-        auto_load = bool(model.configuration.auto_load)
-        try:
-            async with model.use(running, options.idle_ttl, auto_load=auto_load) as turn:
-                clock.sent = time.monotonic()
-                clock.load = turn.load_seconds
-                clock.queue = clock.sent - clock.start - clock.load
-                http = turn.http
-                configuration = model.configuration
-                defaults = self._stored.sorted(configuration).generation
-                api = turn.capabilities.api or "chat"
-                path, body = to_openai(request, options, defaults, api, http.endpoint.model)
-                collector = Collector()
-                if send is None:
-                    collector.add_whole(await http.json("POST", path, body))
-                else:
-                    async for piece in http.events(path, body):
-                        if frame := collector.add(piece):
-                            clock.first_token = clock.first_token or time.monotonic()
-                            await send(frame)
-                return collector.answer(request.model_id, running.request_id, clock, configuration.prices)
-        finally:
-            del self._running[running.request_id]
-
-    def cancel(self, request_id: str) -> None:
-        """End a running request, or raise `RequestNotFound`."""
-        running = self._running.get(request_id)
-        if running is None:
-            raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
-        running.abort(WrongState("The request was cancelled.", hint="Somebody deleted it by its request_id."))
-
     # -- changes -------------------------------------------------------------------------------------------
 
     def _add(self, configuration: Configuration) -> Model:
@@ -538,6 +526,10 @@ class ModelRegistry:
 
     def _apply(self, model: Model, configuration: Configuration) -> None:
         model.configuration = configuration
+        try:
+            model.generation = self._stored.sorted(configuration).generation
+        except LLMKitError:  # of a type that is not installed here, or of another version: it cannot be loaded
+            model.generation = {}
         model.admission.max_in_flight = configuration.max_in_flight or self._settings.max_in_flight
         queued = configuration.max_queued
         model.admission.max_queued = self._settings.max_queued if queued is None else queued
@@ -548,9 +540,12 @@ class ModelRegistry:
     def _remove(self, model: Model) -> None:
         if self._models.pop(model.configuration.model_id, None) is not None:
             self._changed(model, "deleted")
+            self._metrics.forget(model.configuration.model_id)
 
     def _changed(self, model: Model, change: str) -> None:
         """Tell a change, unless the model was deleted: its engine may still be on the way down."""
+        if change == "status":
+            self._metrics.model_has_changed(model.configuration.model_id, model.status, model.load_seconds)
         if change == "status" and model.status != "loading":
             self._loader.settled(model)
             if model.status == "loaded":

@@ -400,7 +400,7 @@ async def test_a_full_queue_is_429_with_retry_after(call: Any, configure: Any, u
     answer = await call("POST", "llm/inference", body)
     assert (answer.status, answer.json["error"]["code"]) == (429, "queue_full")
     assert int(answer.headers["Retry-After"]) >= 1
-    assert answer.json["error"]["details"] == {"limit": 0, "queued": 0, "in_flight": 1}
+    assert answer.json["error"]["details"] == {"limit": 0, "queued": 0, "in_flight": 1, "retry_after": 1}
     go_on.set()
     assert (await first).json["response"] == "done"
 

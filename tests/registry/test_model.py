@@ -20,8 +20,8 @@ from llmkit.errors import (
     ServerStopping,
     WrongState,
 )
+from llmkit.inference.running import Running
 from llmkit.registry.policies import LoadRecord
-from llmkit.registry.running import Running
 
 
 async def test_callers_of_load_share_one_start(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ async def test_an_engine_that_ends_by_itself_fails_the_model_and_its_requests(tm
     await stage.loaded()
 
     async def request() -> None:
-        async with stage.model.use(Running("r")):
+        async with stage.model.use(Running("m", "inference", "r")):
             await asyncio.Event().wait()
 
     running = asyncio.create_task(request())
@@ -197,7 +197,7 @@ async def test_after_a_crash_loads_and_unloads_wait_until_the_old_engine_is_gone
     while stage.model.status == "loaded":
         await asyncio.sleep(0)
     with pytest.raises(ModelNotLoaded, match="failed"):
-        async with stage.model.use(Running("r")):
+        async with stage.model.use(Running("m", "inference", "r")):
             pass
     loading = stage.model.start_loading()
     told = stage.model.snapshot()
@@ -232,7 +232,7 @@ async def test_an_unload_without_a_drain_ends_the_drain_of_another(tmp_path: Pat
     await stage.loaded()
 
     async def request() -> None:
-        async with stage.model.use(Running("r")):
+        async with stage.model.use(Running("m", "inference", "r")):
             await asyncio.Event().wait()
 
     running = asyncio.create_task(request())
@@ -250,7 +250,7 @@ async def test_unload_ends_running_and_waiting_requests(tmp_path: Path) -> None:
     await stage.loaded()
 
     async def request(name: str) -> None:
-        async with stage.model.use(Running(name)):
+        async with stage.model.use(Running("m", "inference", name)):
             await asyncio.Event().wait()
 
     requests = [asyncio.create_task(request(name)) for name in "ab"]
@@ -267,7 +267,7 @@ async def test_drain_lets_a_running_request_finish(tmp_path: Path) -> None:
     finish = asyncio.Event()
 
     async def request() -> str:
-        async with stage.model.use(Running("r")):
+        async with stage.model.use(Running("m", "inference", "r")):
             await finish.wait()
             return "whole"
 
@@ -276,7 +276,7 @@ async def test_drain_lets_a_running_request_finish(tmp_path: Path) -> None:
     unloading = asyncio.create_task(stage.model.unload(drain=30))
     await asyncio.sleep(0.01)
     with pytest.raises(ModelNotLoaded):
-        async with stage.model.use(Running("late")):
+        async with stage.model.use(Running("m", "inference", "late")):
             pass
     finish.set()
     assert await running == "whole"
@@ -290,7 +290,7 @@ async def test_a_full_queue_says_so_and_loses_nobody(tmp_path: Path) -> None:
     hold = asyncio.Event()
 
     async def request(name: str) -> None:
-        async with stage.model.use(Running(name)):
+        async with stage.model.use(Running("m", "inference", name)):
             order.append(name)
             await hold.wait()
 
@@ -298,7 +298,7 @@ async def test_a_full_queue_says_so_and_loses_nobody(tmp_path: Path) -> None:
     await asyncio.sleep(0)
     with pytest.raises(QueueFull) as caught:
         await request("c")
-    assert caught.value.details == {"limit": 1, "queued": 1, "in_flight": 1}
+    assert caught.value.details == {"limit": 1, "queued": 1, "in_flight": 1, "retry_after": 2}
     hold.set()
     await asyncio.gather(*running)
     assert order == ["a", "b"]
@@ -308,7 +308,7 @@ async def test_a_full_queue_says_so_and_loses_nobody(tmp_path: Path) -> None:
 async def test_a_model_that_is_not_loaded_says_how_to_load_it(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     with pytest.raises(ModelNotLoaded, match="POST /llm/load_model/c"):
-        async with stage.model.use(Running("r")):
+        async with stage.model.use(Running("m", "inference", "r")):
             pass
 
 
@@ -348,15 +348,15 @@ async def test_a_model_expires_after_its_last_request(tmp_path: Path) -> None:
     await stage.loaded()
     before = stage.model.snapshot().expires_at
     assert before is not None
-    async with stage.model.use(Running("r")):
+    async with stage.model.use(Running("m", "inference", "r")):
         assert stage.model.snapshot().expires_at is None
     after = stage.model.snapshot().expires_at
     assert after is not None
     assert after > before
-    async with stage.model.use(Running("s"), idle_ttl=-1.0):
+    async with stage.model.use(Running("m", "inference", "s"), idle_ttl=-1.0):
         pass
     assert stage.model.snapshot().expires_at is None
-    async with stage.model.use(Running("t")):
+    async with stage.model.use(Running("m", "inference", "t")):
         pass
     assert stage.model.snapshot().expires_at is not None
     await stage.model.unload()
@@ -368,7 +368,7 @@ async def test_an_eviction_says_why_and_no_request_comes_in_after_the_decision(t
     await stage.loaded()
     unloading = stage.model.start_unloading(reason="idle for 5 s")
     with pytest.raises(ModelNotLoaded, match="being unloaded"):
-        async with stage.model.use(Running("late")):
+        async with stage.model.use(Running("m", "inference", "late")):
             pass
     await unloading
     assert stage.model.snapshot().reason == "idle for 5 s"
@@ -422,7 +422,7 @@ async def test_of_two_drains_the_one_that_ends_first_counts(tmp_path: Path) -> N
 
 
 async def hold(stage: Stage, seconds: float = 60.0) -> str:
-    async with stage.model.use(Running("r")):
+    async with stage.model.use(Running("m", "inference", "r")):
         await asyncio.sleep(seconds)
     return "done"
 
@@ -453,11 +453,11 @@ async def test_requests_that_load_a_model_wait_in_its_queue_and_can_be_cancelled
 
     async def request(running: Running) -> str:
         running.task = asyncio.current_task()
-        async with stage.model.use(running, auto_load=True) as turn:
-            assert turn.load_seconds > 0
+        async with stage.model.use(running, auto_load=True):
+            assert running.load > 0
         return "done"
 
-    running = [Running(str(number)) for number in range(5)]
+    running = [Running("m", "inference", str(number)) for number in range(5)]
     requests = [asyncio.create_task(request(one)) for one in running]
     while not stage.engine_type.engines:
         await asyncio.sleep(0)
@@ -477,7 +477,7 @@ async def test_requests_do_not_load_again_and_again_what_fails(tmp_path: Path) -
     stage.engine_type.failure = LoadFailed("It is broken.")
     for _ in range(20):
         with pytest.raises(LoadFailed, match="broken"):
-            async with stage.model.use(Running("r"), auto_load=True):
+            async with stage.model.use(Running("m", "inference", "r"), auto_load=True):
                 pass
     assert len(stage.engine_type.engines) == 1
     with pytest.raises(LoadFailed):

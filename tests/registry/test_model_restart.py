@@ -10,8 +10,8 @@ import pytest
 from model_stage import Stage
 
 from llmkit.errors import LoadFailed, ServerStopping
+from llmkit.inference.running import Running
 from llmkit.registry import policies
-from llmkit.registry.running import Running
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ async def test_a_crashed_model_is_started_again_and_answers(tmp_path: Path) -> N
     assert stage.model.status == "failed"
     await until(lambda: "started again in 0.01 s" in (stage.model.snapshot().reason or ""))
     await until(lambda: stage.model.status == "loaded")
-    async with stage.model.use(Running("r")):
+    async with stage.model.use(Running("m", "inference", "r")):
         pass
     assert len(stage.engine_type.engines) == 2
     await stage.model.unload()

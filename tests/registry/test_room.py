@@ -44,7 +44,7 @@ async def test_the_least_recently_used_model_makes_room(stage: RegistryStage) ->
         ids = {name: await configure(registry, name) for name in "abc"}
         await registry.load(ids["a"])
         await registry.load(ids["b"])
-        await registry.infer(ask("a"))
+        await registry.requests.infer(ask("a"))
         await registry.load(ids["c"])
         assert registry.loaded_models() == ["a", "c"]
         assert registry.model("b").reason == "evicted to make room for c"
@@ -84,7 +84,7 @@ async def test_a_busy_model_stays_unless_it_is_forced_to_go(stage: RegistryStage
         first, second = await configure(registry, "a", 700), await configure(registry, "b", 700)
         await registry.load(first)
         slow = Slow(upstream)
-        asking = asyncio.create_task(registry.infer(ask("a")))
+        asking = asyncio.create_task(registry.requests.infer(ask("a")))
         await until(lambda: registry.model("a").in_flight == 1)
         with pytest.raises(NoRoom, match=r"`a`.*\(busy\)") as raised:
             await registry.load(second)
@@ -95,7 +95,7 @@ async def test_a_busy_model_stays_unless_it_is_forced_to_go(stage: RegistryStage
         assert (await asking).response == "done"
 
         slow.go_on = False
-        asking = asyncio.create_task(registry.infer(ask("a")))
+        asking = asyncio.create_task(registry.requests.infer(ask("a")))
         await until(lambda: registry.model("a").in_flight == 1)
         await registry.load(second, force=True)
         assert registry.loaded_models() == ["b"]
@@ -164,7 +164,7 @@ async def test_an_idle_model_goes_and_a_request_winds_the_clock_up_again(
     async with stage.registry(idle_ttl=1.0) as registry:
         await registry.load(await configure(registry, "a"))
         slow = Slow(upstream)
-        asking = asyncio.create_task(registry.infer(ask("a")))
+        asking = asyncio.create_task(registry.requests.infer(ask("a")))
         await until(lambda: registry.model("a").in_flight == 1)
         assert registry.model("a").expires_at is None  # busy
         await asyncio.sleep(1.3)
@@ -184,10 +184,10 @@ async def test_a_request_says_how_long_it_may_be_idle_but_not_beyond_the_ceiling
     async with stage.registry(max_idle_ttl=5.0) as registry:
         await registry.load(await configure(registry, "a", idle_ttl=-1))
         assert registry.model("a").expires_at is not None  # the ceiling holds for "never", too
-        await registry.infer(ask("a", idle_ttl=100))
+        await registry.requests.infer(ask("a", idle_ttl=100))
         told = registry.model("a")
         assert told.expires_at is not None
         assert told.last_used_at is not None
         assert (told.expires_at - told.last_used_at).total_seconds() == 5.0
-        await registry.infer(ask("a", idle_ttl=0))
+        await registry.requests.infer(ask("a", idle_ttl=0))
         await until(lambda: registry.model("a").status == "unloaded")

@@ -186,11 +186,11 @@ class RegistryMachine(RuleBasedStateMachine):
         request = InferenceRequest(model_id=name, prompt="?")
         known = self.expected.get(name)
         if known is None:
-            self.fails(ModelNotFound, lambda: self.registry.infer(request))
+            self.fails(ModelNotFound, lambda: self.registry.requests.infer(request))
         elif known.status != "loaded":
-            self.fails(ModelNotLoaded, lambda: self.registry.infer(request))
+            self.fails(ModelNotLoaded, lambda: self.registry.requests.infer(request))
         else:
-            assert self.run(self.registry.infer(request)).response == "yes"
+            assert self.run(self.registry.requests.infer(request)).response == "yes"
 
     @rule(name=NAMES)
     def leave(self, name: str) -> None:
@@ -200,7 +200,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
 
         async def left() -> None:
-            asking = asyncio.create_task(self.registry.infer(InferenceRequest(model_id=name, prompt="?")))
+            asking = asyncio.create_task(self.registry.requests.infer(InferenceRequest(model_id=name, prompt="?")))
             await asyncio.sleep(0)
             asking.cancel()
             await asyncio.wait([asking])

@@ -92,11 +92,11 @@ async def stream(registry: ModelRegistry, begun: asyncio.Event) -> LLMKitError |
     kwargs: dict[str, Any] = {"stream": True}
     request = InferenceRequest(model_id="m", prompt="word " * 400, inference_kwargs=kwargs)
 
-    async def take(_: dict[str, Any]) -> None:
+    async def take(*_: dict[str, Any]) -> None:
         begun.set()
 
     try:
-        await registry.infer(request, take)
+        await registry.requests.infer(request, take)
     except LLMKitError as error:
         begun.set()
         return error

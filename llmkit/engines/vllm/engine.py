@@ -37,6 +37,9 @@ _WATCH_SECONDS: Final = 0.5
 _GPU_SECONDS: Final = 3.0
 _PARTS: Final = "VLLM::"
 """What vLLM names its engine cores and workers."""
+_CPU_NICENESS: Final = 15
+NO_MEDIA_DOMAIN: Final = "none.invalid"
+"""A host that cannot exist (RFC 2606), as the only one that media may be fetched from."""
 _LONGEST_SOCKET_PATH: Final = 107
 """Bytes; `unix(7)`."""
 _LONGEST_NAME: Final = 37
@@ -170,7 +173,11 @@ class VLLMEngine:
         self._log_file = context.log_file
         self._stall_seconds = context.stall_seconds
         socket = context.run_dir / SOCKET_NAME
-        self._endpoint = Endpoint(base_url="http://engine/v1", uds=socket, model=configuration.model_id)
+        self._endpoint = Endpoint(
+            base_url="http://engine/v1", root_url="http://engine", uds=socket, model=configuration.model_id
+        )
+        # A worker on the CPU spins on every core, and with it starves what brings its tokens to the reader.
+        self._niceness = context.niceness if context.niceness is not None else 0 if _uses_gpu() else _CPU_NICENESS
         model = str(demo_model_path()) if self._model_name == DEMO_MODEL_NAME else self._model_name
         self._kept = KeptProcess(
             [
@@ -181,6 +188,8 @@ class VLLMEngine:
                 f"--served-model-name={configuration.model_id}",
                 "--disable-uvicorn-access-log",
                 "--disable-fastapi-docs",
+                # Images and sounds come with the request; nothing is fetched for it, from whatever network.
+                f"--allowed-media-domains={NO_MEDIA_DOMAIN}",
                 *to_flags(self._arguments),
             ],
             engine_environ(
@@ -235,6 +244,8 @@ class VLLMEngine:
             raise
         finally:
             await http.close()
+        if self._niceness:
+            await self._kept.be_nice(_PARTS, self._niceness)
         self._ready = True
         report(LoadProgress("ready", 1.0))
         return capabilities

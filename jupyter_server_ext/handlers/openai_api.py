@@ -1,0 +1,91 @@
+"""OpenAI's API: an unmodified ``openai.OpenAI(base_url=".../llm/v1", api_key=TOKEN)`` talks to these."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jupyter_server.auth.decorator import authorized
+from tornado import web
+
+from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
+from jupyter_server_ext.handlers.inference import AskingHandler
+from llmkit.inference import openai_api
+from llmkit.inference.running import Running
+from llmkit.registry.registry import ModelRegistry
+
+RELAYED_PATHS: Final = "|".join(openai_api.PATHS)
+PASSED_HEADERS: Final = ("traceparent", "tracestate", "OpenAI-Beta")
+"""Of a client's request, to the engine."""
+
+
+class OpenAIHandler(AskingHandler):
+    """``POST /llm/v1/...``, of the APIs that engines have."""
+
+    max_values = 1_000_000  # prompts and inputs of embeddings can be lists of tokens
+
+    @web.authenticated
+    @authorized("execute", resource=RESOURCE)
+    async def post(self, api: str) -> None:
+        """Relay a request to the engine, and its answer to the client."""
+        registry = await self.registry()
+        await self.until_gone(self._relay(registry, api))
+
+    async def _relay(self, registry: ModelRegistry, api: str) -> None:
+        requests, body = registry.requests, await self.read_object()
+        sent = self.request.headers
+        headers = {name: sent[name] for name in PASSED_HEADERS if name in sent}
+
+        def known(running: Running) -> None:
+            self.introduce(requests, running)
+
+        async def write(events: bytes) -> None:
+            self.name_model()
+            await self.write_now(events)
+
+        try:
+            answer = await requests.relay(
+                api, body, write, priority=self.priority(), headers=headers or None, known=known
+            )
+        except Exception as raised:
+            if not self._headers_written:
+                raise
+            await self.fail(raised)
+            answer = None
+        if answer is None:
+            await self.end()
+            return
+        if self._headers_written:  # a heartbeat was quicker than an answer that is no stream
+            await self.write_now(b"data: " + answer.body.replace(b"\n", b" ") + b"\n\n")
+            await self.end()
+            return
+        self.name_model()
+        for name, value in answer.headers.items():
+            self.set_header(name, value)
+        self.set_status(answer.status)
+        self.finish(answer.body)
+
+
+class OpenAIModelsHandler(LLMHandler):
+    """``GET /llm/v1/models``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """List the models that can be asked now."""
+        registry = await self.registry()
+        self.answer({"object": "list", "data": registry.openai_models()})
+
+
+class OpenAIModelHandler(LLMHandler):
+    """``GET /llm/v1/models/{model_id}``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self, model_id: str) -> None:
+        """Answer one model, whether it can be asked now or not."""
+        registry = await self.registry()
+        self.answer(registry.openai_model(model_id))

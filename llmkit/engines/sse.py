@@ -1,0 +1,62 @@
+"""Server-sent events as they come from an engine: cut at blank lines, whole events only.
+
+The format is that of the HTML standard, section 9.2; of its three line ends, the carriage return alone is not used by
+any engine and not taken for one here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from llmkit.errors import UpstreamFailed
+
+MAX_EVENT_BYTES: Final = 4 << 20
+DONE: Final = b"[DONE]"
+"""The data of the last event of OpenAI's streams."""
+
+
+class EventCutter:
+    """Takes a stream in pieces of any size, and gives it in pieces that end with the end of an event."""
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, part: bytes) -> bytes:
+        """Take a piece; give all whole events that are there now, perhaps none.
+
+        Raises
+        ------
+        UpstreamFailed
+            If an event is larger than any sensible one.
+        """
+        if not self._rest and part.endswith(b"\n\n"):
+            return part
+        data = self._rest + part
+        end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4)
+        if end < 4:  # neither was found, or there is nothing before it
+            end = 0
+        self._rest = data[end:]
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise UpstreamFailed("The endpoint sends an endless event.")
+        return data[:end]
+
+    def rest(self) -> bytes:
+        """Give what came after the last whole event; call it at the end of the stream."""
+        return self._rest
+
+
+def split_events(events: bytes) -> list[bytes]:
+    """Give each of several whole events by itself, without the blank line at its end."""
+    if b"\r" in events:
+        events = events.replace(b"\r\n", b"\n")
+    return [event for event in events.split(b"\n\n") if event]
+
+
+def data_of(event: bytes) -> bytes | None:
+    """Give the data of an event; None of a comment, or where there is none."""
+    if event.startswith(b"data:") and b"\n" not in event:
+        return event[5:].removeprefix(b" ")
+    lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None

@@ -1,0 +1,228 @@
+"""Bytes from the engine to the client, of whatever type the engine is.
+
+A stream is cut at the ends of its events and passed on as it is. An event is parsed only until the first token was
+seen, and where it carries usage, an error or the end: a relay that parses each costs several times as much.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Final
+
+from llmkit.engines.http import EngineHTTP, finish_reading, read_start, read_whole
+from llmkit.engines.refusals import is_missing_path, passes_unchanged, redact
+from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
+from llmkit.errors import EngineGone, LLMKitError, NotSupported, UpstreamFailed
+from llmkit.inference.openai_api import Call
+from llmkit.inference.running import Running, read_usage
+from llmkit.schemas import Usage
+
+PASSED_HEADERS: Final = (
+    "Retry-After",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-requests",
+    "x-ratelimit-reset-tokens",
+)
+"""Of an engine's answer, to the client."""
+
+# A quote within a JSON string is escaped, so that none of these but the last can stand in the words of a model.
+_NOTABLE: Final = re.compile(
+    rb'"usage"\s*:\s*\{|"error"\s*:|"type"\s*:\s*"(?:error|response\.(?:completed|failed|incomplete))"|\[DONE\]'
+)
+_USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_LONGEST_USAGE: Final = 4096
+_ENDS: Final = ("response.completed", "response.failed", "response.incomplete")
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """An answer in one piece, as the client gets it."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+async def relay(
+    http: EngineHTTP, call: Call, running: Running, write: Write, headers: Mapping[str, str] | None = None
+) -> WholeAnswer | None:
+    """Send a request to the engine and hand on what it answers.
+
+    Parameters
+    ----------
+    http
+        The engine.
+    call
+        The request.
+    running
+        What is noted of it: first token, usage.
+    write
+        Takes whole events of a stream, and is awaited before more is read.
+    headers
+        Of the client's request, those that the engine may see.
+
+    Returns
+    -------
+    WholeAnswer or None
+        None if the answer was a stream; it is complete then.
+
+    Raises
+    ------
+    LLMKitError
+        If there is no answer that the client could use; after a part of a stream was written, too.
+    """
+    async with http.open(call.path, call.body, headers=headers) as response:
+        status, kind = response.status, response.headers.get("Content-Type", "")
+        if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+            return _refused(http, call, status, await read_start(response), response.headers)
+        if kind.startswith("text/event-stream"):
+            if not call.stream:
+                raise UpstreamFailed(f"{http.name} streams an answer that was to come in one piece.")
+            relaying = StreamRelay(http, running, wants_usage=call.wants_usage)
+            content = response.content
+            while not content.at_eof():
+                events = relaying.take(await content.readany())
+                if events:
+                    running.answering = True
+                    running.keep(events)
+                    await write(events)
+                if relaying.failure is not None:
+                    raise relaying.failure
+                if relaying.ended:
+                    await finish_reading(response)
+                    return None
+            raise EngineGone("The engine ended its answer before it was complete.", hint="Send the request again.")
+        if "json" not in kind:
+            raise UpstreamFailed(f"{http.name} answers, but not with JSON.", hint="Check base_url and api.")
+        body = await read_whole(response)
+        running.usage = find_usage(body)
+        running.answering = True
+        running.keep(body)
+        return WholeAnswer(status, body, _passed(response.headers))
+
+
+def _refused(http: EngineHTTP, call: Call, status: int, body: bytes, headers: Mapping[str, str]) -> WholeAnswer:
+    if is_missing_path(status, body):
+        raise NotSupported(
+            f"{http.name} has no {call.path.lstrip('/')}, so this model cannot be asked for that.",
+            hint="GET /llm/models/ says what a loaded model can do.",
+        )
+    if not (passes_unchanged(status) and body.lstrip()[:1] == b"{"):
+        raise http.refusal(status, body, headers)
+    if http.endpoint.api_key:
+        body = redact(body.decode("utf-8", "replace"), http.endpoint.api_key).encode()
+    return WholeAnswer(status, body, _passed(headers))
+
+
+def _passed(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: headers[name] for name in PASSED_HEADERS if name in headers}
+
+
+def find_usage(body: bytes) -> Usage | None:
+    """Read the usage of an answer without reading the rest, which can be megabytes of embeddings."""
+    found = _USAGE.match(body, max(body.rfind(b'"usage"'), 0))
+    if found is None:
+        return None
+    text = body[found.end() : found.end() + _LONGEST_USAGE].decode("utf-8", "replace")
+    try:
+        told, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return None
+    return read_usage(told)
+
+
+class StreamRelay:
+    """Takes an engine's stream in pieces and gives what goes to the client.
+
+    Attributes
+    ----------
+    ended
+        Whether the last event of the answer was seen.
+    failure
+        What an event has told instead of going on with the answer.
+    """
+
+    __slots__ = ("_cutter", "_http", "_running", "_wants_usage", "ended", "failure")
+
+    def __init__(self, http: EngineHTTP, running: Running, *, wants_usage: bool) -> None:
+        self._http = http
+        self._running = running
+        self._wants_usage = wants_usage
+        self._cutter = EventCutter()
+        self.ended = False
+        self.failure: LLMKitError | None = None
+
+    def take(self, part: bytes) -> bytes:
+        """Take a piece and give the whole events that are to be passed on, perhaps none."""
+        events = self._cutter.feed(part)
+        if events and (self._running.first_token is None or _NOTABLE.search(events)):
+            return self._look_at(events)
+        return events
+
+    def _look_at(self, events: bytes) -> bytes:
+        kept = []
+        for event in split_events(events):
+            data = data_of(event)
+            if data == DONE:
+                self.ended = True
+                kept.append(event)
+            elif data is None or self._is_passed(data):
+                kept.append(event)
+            if self.ended or self.failure is not None:
+                break
+        return b"".join([event + b"\n\n" for event in kept])
+
+    def _is_passed(self, data: bytes) -> bool:
+        """Note what an event tells, and say whether the client gets it."""
+        try:
+            told = json.loads(data)
+        except (ValueError, RecursionError):
+            self.failure = UpstreamFailed("The endpoint's answer is not JSON.", hint="Check base_url and api.")
+            return False
+        if not isinstance(told, dict):
+            return True
+        error, kind = told.get("error"), told.get("type")
+        if error or kind == "error":
+            code = error.get("code") if isinstance(error, dict) else None
+            if not (isinstance(code, int) and HTTPStatus.BAD_REQUEST <= code < 600):
+                code = HTTPStatus.BAD_GATEWAY
+            self.failure = self._http.refusal(code, data)
+            return False
+        running = self._running
+        if running.first_token is None and has_token(told):
+            running.first_token = time.monotonic()
+        if kind in _ENDS:
+            self.ended = True
+            whole = told.get("response")
+            running.usage = read_usage(whole.get("usage")) if isinstance(whole, dict) else None
+            return True
+        usage = read_usage(told.get("usage"))
+        if usage is not None:
+            running.usage = usage
+            # The frame that we have asked for, and the client has not.
+            return bool(told.get("choices")) or self._wants_usage
+        return True
+
+
+def has_token(told: Mapping[str, Any]) -> bool:
+    """Say whether an event carries a part of the answer: not its role alone, not its usage."""
+    kind = told.get("type")
+    if isinstance(kind, str):
+        return kind.endswith(".delta")
+    choices = told.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        return False
+    delta = choice.get("delta")
+    part = delta if isinstance(delta, dict) else choice
+    return any(part.get(name) for name in ("content", "text", "reasoning", "reasoning_content", "tool_calls"))

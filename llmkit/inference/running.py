@@ -1,0 +1,139 @@
+"""One request: who asked for what, when its steps happened, and how others can end it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+from llmkit.errors import LLMKitError
+from llmkit.schemas import Cost, Prices, Priority, RunningRequest, Timings, Usage
+
+_MOST_PIECES: Final = 100_000
+
+
+def new_request_id() -> str:
+    """Make an ID that nobody can guess."""
+    return f"req-{os.urandom(12).hex()}"
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A request, from the moment in which it is known to its end; moments are seconds of `time.monotonic`."""
+
+    model_id: str
+    api: str
+    """As in `RequestRecord.api`."""
+    request_id: str = field(default_factory=new_request_id)
+    priority: Priority = "interactive"
+    stream: bool = False
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    error: LLMKitError | None = None
+    """Why somebody else ended it."""
+    status: Literal["queued", "loading", "running"] = "queued"
+    answered_by: str | None = None
+    answering: bool = False
+    """Whether something of the answer is on its way to the client."""
+    started_at: float = field(default_factory=time.time)
+    """Seconds of the epoch."""
+    start: float = field(default_factory=time.monotonic)
+    queue: float = 0.0
+    load: float = 0.0
+    sent: float | None = None
+    first_token: float | None = None
+    usage: Usage | None = None
+    prices: Prices | None = None
+    """Of the model that answers."""
+    request_body: bytes | None = None
+    response_body: list[bytes] | None = None
+    """Pieces of the answer; None if nobody wants them."""
+
+    # -- ending it -----------------------------------------------------------------------------------------
+
+    def abort(self, error: LLMKitError) -> None:
+        """End the request with an error; the first one counts."""
+        if self.error is None:
+            self.error = error
+            if self.task is not None:
+                self.task.cancel()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Let the cancellation of an `abort` leave as the error that it stands for."""
+        try:
+            yield
+        except (asyncio.CancelledError, LLMKitError):
+            if self.error is None:
+                raise
+            if self.task is not None:
+                self.task.uncancel()
+            raise self.error from None
+
+    def keep(self, data: bytes) -> None:
+        """Keep a piece of the answer for the record, if it is wanted and not too much."""
+        if self.response_body is not None and len(self.response_body) < _MOST_PIECES:
+            self.response_body.append(data)
+
+    # -- telling of it -------------------------------------------------------------------------------------
+
+    def begin(self, load_seconds: float) -> None:
+        """Note that the request goes to the engine now."""
+        self.status = "running"
+        self.sent = time.monotonic()
+        self.load = load_seconds
+        self.queue = self.sent - self.start - load_seconds
+
+    def timings(self) -> Timings:
+        """Give the durations up to now."""
+        now = time.monotonic()
+        tokens = self.usage.completion_tokens if self.usage else None
+        generating = now - (self.sent if self.sent is not None else self.start)
+        return Timings(
+            queue=round(self.queue, 6),
+            load=round(self.load, 6),
+            first_token=None if self.first_token is None else round(self.first_token - self.start, 6),
+            total=round(now - self.start, 6),
+            tokens_per_second=round(tokens / generating, 3) if tokens and generating > 0 else None,
+        )
+
+    def cost(self) -> Cost | None:
+        """Give the price, or None where prices or tokens are not known."""
+        usage, prices = self.usage, self.prices
+        if prices is None or usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
+            return None
+        amount = (usage.prompt_tokens * prices.input + usage.completion_tokens * prices.output) / 1_000_000
+        return Cost(amount=round(amount, 12), currency=prices.currency)
+
+    def to_wire(self, position: int | None) -> RunningRequest:
+        """Say how it is now."""
+        return RunningRequest(
+            request_id=self.request_id,
+            model_id=self.model_id,
+            api=self.api,
+            priority=self.priority,
+            stream=self.stream,
+            started_at=datetime.fromtimestamp(self.started_at, UTC),
+            status=self.status,
+            position=position,
+            elapsed_seconds=round(time.monotonic() - self.start, 3),
+        )
+
+
+def read_usage(told: Any) -> Usage | None:
+    """Read the tokens of an answer, in the words of chat and completions or of responses; None if there are none."""
+    if not isinstance(told, dict):
+        return None
+
+    def count(*names: str) -> int | None:
+        value = next((told[name] for name in names if name in told), None)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+    prompt, completion = count("prompt_tokens", "input_tokens"), count("completion_tokens", "output_tokens")
+    if prompt is None and completion is None:
+        return None
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=count("total_tokens"))

@@ -1,0 +1,366 @@
+"""Requests for inference: who is asked, who is asked instead, how it ended, and what is remembered of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any, Final, TypeVar
+
+from pydantic_core import to_json
+
+from llmkit.engines.http import EngineHTTP
+from llmkit.errors import (
+    EngineGone,
+    EngineRefused,
+    LLMKitError,
+    ModelNotFound,
+    ModelNotLoaded,
+    ModelUnloaded,
+    NotReady,
+    NotSupported,
+    QueueFull,
+    RateLimited,
+    RequestCancelled,
+    RequestNotFound,
+    TimedOut,
+    WrongState,
+)
+from llmkit.inference import openai_api
+from llmkit.inference.metrics import Metrics
+from llmkit.inference.prompting import Collector, read_options, to_openai
+from llmkit.inference.relay import WholeAnswer, Write, relay
+from llmkit.inference.running import Running
+from llmkit.registry.history import RequestHistory
+from llmkit.registry.model import Model, Turn
+from llmkit.schemas import InferenceAnswer, InferenceRequest, Outcome, Priority, RequestList, RunningRequest
+
+CLIENT_CLOSED_REQUEST: Final = 499
+"""nginx's status for a client that has left before its answer."""
+_REFUSED: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
+_WORTH_ANOTHER: Final = (EngineGone, NotReady, RateLimited, TimedOut)
+"""Errors of a model after which its fallback is asked; not what is wrong with the request, nor a full queue."""
+
+Send = Callable[..., Awaitable[None]]
+Known = Callable[[Running], None]
+T = TypeVar("T")
+
+
+class Requests:
+    """The requests of one registry.
+
+    Parameters
+    ----------
+    find
+        Gives a model by its ``model_id``, or raises `ModelNotFound`.
+    metrics, history
+        Told of every request that is over.
+    record_bodies
+        Whether what was asked and answered is remembered, too.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str], Model],
+        metrics: Metrics,
+        history: RequestHistory,
+        logger: logging.Logger,
+        *,
+        record_bodies: bool = False,
+    ) -> None:
+        self._find = find
+        self._metrics = metrics
+        self._history = history
+        self._log = logger
+        self._record_bodies = record_bodies
+        self._running: dict[str, Running] = {}
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    async def infer(
+        self,
+        request: InferenceRequest,
+        send: Send | None = None,
+        *,
+        priority: Priority = "interactive",
+        known: Known | None = None,
+    ) -> InferenceAnswer:
+        """Answer a prompt.
+
+        Parameters
+        ----------
+        request
+            The prompt and its parameters.
+        send
+            Called with the frames of a streamed answer, as many at once as have come, and awaited before more is read.
+        priority
+            The class of the request in the queue.
+        known
+            Called once, with the request, before anything is waited for.
+
+        Raises
+        ------
+        LLMKitError
+        """
+        options = read_options(request)
+        model = self._find(request.model_id)
+        running = Running(request.model_id, "inference", priority=priority, stream=send is not None)
+        if options.request_id is not None:
+            running.request_id = options.request_id
+        if running.request_id in self._running:
+            raise WrongState(
+                f"A request {running.request_id!r} is running.",
+                param="inference_kwargs.request_id",
+                hint="Choose another request_id, or none.",
+            )
+
+        async def ask(model: Model, turn: Turn) -> InferenceAnswer:
+            http = turn.http
+            api = turn.capabilities.api or "chat"
+            path, body = to_openai(
+                request, options, model.generation, api, http.endpoint.model, stream_options=http.takes_stream_options
+            )
+            if self._record_bodies:
+                running.request_body, running.response_body = to_json(body), []
+            collector = Collector()
+            if send is None:
+                answer = await http.json("POST", path, body)
+                running.answering = True
+                collector.add_whole(answer)
+            else:
+                try:
+                    async for pieces in http.events(path, body):
+                        frames, failure = collector.add_all(pieces)
+                        if frames:
+                            running.first_token = running.first_token or time.monotonic()
+                            running.answering = True
+                            await send(*frames)
+                        if failure is not None:
+                            raise failure
+                except EngineRefused as error:
+                    if not running.answering and _may_ask_without_stream_options(http, error.message):
+                        return await ask(model, turn)
+                    raise
+            running.usage = collector.usage
+            running.keep("".join(collector.text).encode("utf-8", "replace"))
+            return collector.answer(running)
+
+        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, known=known)
+
+    async def relay(
+        self,
+        api: str,
+        body: dict[str, Any],
+        write: Write,
+        *,
+        priority: Priority = "interactive",
+        headers: Mapping[str, str] | None = None,
+        known: Known | None = None,
+    ) -> WholeAnswer | None:
+        """Answer a request of OpenAI's API, with the engine's own words.
+
+        Parameters
+        ----------
+        api
+            One of `openai_api.PATHS`.
+        body
+            OpenAI's; ``model`` is a ``model_id``.
+        write
+            Takes whole events of a streamed answer, and is awaited before more is read.
+        priority, known
+            As in `infer`.
+        headers
+            Of the client's request, those that the engine may see.
+
+        Returns
+        -------
+        WholeAnswer or None
+            None if the answer was a stream.
+
+        Raises
+        ------
+        LLMKitError
+        """
+        model = self._find(openai_api.model_of(body))
+        running = Running(model.configuration.model_id, api, priority=priority, stream=openai_api.is_stream(body))
+
+        async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
+            http = turn.http
+            if api == "tokenize" and http.endpoint.root_url is None:
+                raise no_engine_here(model)
+            call = openai_api.to_call(
+                api,
+                body,
+                model.generation,
+                http.endpoint.model,
+                model_api=turn.capabilities.api,
+                stream_options=http.takes_stream_options,
+            )
+            if self._record_bodies:
+                running.request_body, running.response_body = call.body, []
+            answer = await relay(http, call, running, write, headers)
+            if answer is not None and "stream_options" not in body and b'"stream_options"' in call.body:
+                words = answer.body.decode("utf-8", "replace") if answer.status in _REFUSED else ""
+                if _may_ask_without_stream_options(http, words):
+                    return await ask(model, turn)
+            return answer
+
+        return await self._run(model, running, ask, known=known)
+
+    async def _run(
+        self,
+        model: Model,
+        running: Running,
+        ask: Callable[[Model, Turn], Awaitable[T]],
+        *,
+        idle_ttl: float | None = None,
+        known: Known | None = None,
+    ) -> T:
+        """Ask a model, or its fallback, and note how it ends."""
+        self._running[running.request_id] = running
+        outcome: Outcome = "failed"
+        status, error = 500, None
+        try:
+            if known is not None:
+                known(running)
+            answer = await self._ask(model, running, ask, idle_ttl)
+            status, outcome = HTTPStatus.OK, "ok"
+            if isinstance(answer, WholeAnswer) and answer.status >= HTTPStatus.BAD_REQUEST:
+                status, outcome, error = answer.status, "refused", EngineRefused.code
+            return answer
+        except LLMKitError as raised:
+            outcome, status, error = _outcome_of(raised), raised.status, raised.code
+            raise
+        except asyncio.CancelledError:
+            outcome, status = "cancelled", CLIENT_CLOSED_REQUEST
+            raise
+        finally:
+            del self._running[running.request_id]
+            self._note(running, outcome, int(status), error)
+
+    async def _ask(
+        self,
+        model: Model,
+        running: Running,
+        ask: Callable[[Model, Turn], Awaitable[T]],
+        idle_ttl: float | None,
+    ) -> T:
+        tried: list[Model] = []
+        while True:
+            tried.append(model)
+            configuration = model.configuration
+            running.prices, running.answered_by = configuration.prices, configuration.model_id
+            try:
+                async with model.use(running, idle_ttl, auto_load=bool(configuration.auto_load)) as turn:
+                    return await ask(model, turn)
+            except LLMKitError as error:
+                following = self._fallback_of(model, error, tried)
+                if following is None or running.answering:
+                    raise
+                self._log.warning(
+                    "%s failed on a request (%s); %s is asked instead.",
+                    configuration.model_id,
+                    error.code,
+                    following.configuration.model_id,
+                )
+                model = following
+                running.error = None
+
+    def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model]) -> Model | None:
+        name = model.configuration.fallback
+        failed = isinstance(error, ModelNotLoaded) and model.status == "failed"
+        if name is None or not (failed or isinstance(error, _WORTH_ANOTHER)):
+            return None
+        try:
+            following = self._find(name)
+        except LLMKitError as missing:
+            if isinstance(missing, ModelNotFound):
+                self._log.warning("%s names a fallback that does not exist: %s.", model.configuration.model_id, name)
+            return None
+        return following if following not in tried else None
+
+    def _note(self, running: Running, outcome: Outcome, status: int, error: str | None) -> None:
+        timings = running.timings()
+        self._metrics.request_is_over(running, outcome, timings.total)
+        record: dict[str, Any] = {
+            "request_id": running.request_id,
+            "model_id": running.model_id,
+            "answered_by": running.answered_by if outcome == "ok" else None,
+            "api": running.api,
+            "priority": running.priority,
+            "stream": running.stream,
+            "started_at": datetime.fromtimestamp(running.started_at, UTC),
+            "outcome": outcome,
+            "status": status,
+            "error": error,
+            "usage": running.usage,
+            "timings": timings,
+            "cost": running.cost(),
+        }
+        if running.response_body is not None:
+            record["request_body"] = running.request_body
+            record["response_body"] = b"".join(running.response_body)
+        self._history.add(record)
+
+    # -- looking and ending --------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def running(self, model_id: str | None = None) -> list[RunningRequest]:
+        """Give the requests that are not over, oldest first."""
+        return [self._describe(one) for one in self._running.values() if model_id in (None, one.model_id)]
+
+    def _describe(self, running: Running) -> RunningRequest:
+        return running.to_wire(self.position(running))
+
+    def position(self, running: Running) -> int | None:
+        """Give the place of a request in the queue of the model that is to answer it; None if it waits in none."""
+        try:
+            return self._find(running.answered_by or running.model_id).admission.position(running)
+        except LLMKitError:
+            return None  # deleted meanwhile
+
+    async def overview(self, limit: int, model_id: str | None = None) -> RequestList:
+        """Give what runs, and as much of what is over."""
+        recent = await self._history.recent(limit, model_id)
+        return RequestList(running=self.running(model_id), recent=recent)
+
+    def cancel(self, request_id: str) -> None:
+        """End a running request, or raise `RequestNotFound`."""
+        running = self._running.get(request_id)
+        if running is None:
+            raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
+        running.abort(RequestCancelled("The request was cancelled.", hint="Somebody deleted it by its request_id."))
+
+
+def no_engine_here(model: Model) -> NotSupported:
+    """Make the error of what only an engine of this server can do."""
+    return NotSupported(
+        f"`{model.configuration.model_id}` runs elsewhere; this is possible only with an engine of this server.",
+        param="model",
+    )
+
+
+def _may_ask_without_stream_options(http: EngineHTTP, refusal: str) -> bool:
+    """Say whether an endpoint refuses only what we add to a request for a stream; from then on it is left out.
+
+    Not every endpoint knows it; without it the tokens of a stream are not counted.
+    """
+    if not http.takes_stream_options or "stream_options" not in refusal:
+        return False
+    http.takes_stream_options = False
+    return True
+
+
+def _outcome_of(error: LLMKitError) -> Outcome:
+    if isinstance(error, QueueFull):
+        return "rejected"
+    if isinstance(error, RequestCancelled | ModelUnloaded):
+        return "cancelled"
+    if isinstance(error, RateLimited) or error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "failed"
+    return "refused"
