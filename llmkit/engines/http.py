@@ -12,9 +12,9 @@ import io
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
+from types import TracebackType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -54,6 +54,7 @@ LONGEST_WAIT_SECONDS: Final = 60.0
 
 _HOST: Final = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 _JSON: Final = {"Content-Type": "application/json"}
+NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 def origin_of(url: str) -> str:
@@ -87,13 +88,13 @@ def pause_before_retry(headers: Mapping[str, str], tries: int) -> float | None:
     headers
         Of the answer; its ``Retry-After`` counts.
     tries
-        How often it was sent.
+        How often it was sent again already.
     """
     asked = retry_after(headers)
     if asked is not None:
         return asked if asked <= LONGEST_WAIT_SECONDS else None
     # Not all at the same moment: a quarter of it is chance.
-    pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS)
+    pause = min(FIRST_PAUSE_SECONDS * 2.0**tries, LONGEST_PAUSE_SECONDS)
     return pause * (1 - 0.25 * random.random())  # noqa: S311  # no secret
 
 
@@ -129,11 +130,12 @@ class EngineHTTP:
         """Close every connection."""
         await self._session.close()
 
-    @asynccontextmanager
-    async def open(
+    def open(
         self, path: str, body: bytes | None = None, *, method: str = "POST", headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request and give the answer, whatever its status; leaving it early ends it at the engine, too.
+    ) -> Exchange:
+        """Send a request and give the answer within ``async with``, whatever its status.
+
+        Leaving it before the answer has ended ends it at the engine, too.
 
         Parameters
         ----------
@@ -143,79 +145,79 @@ class EngineHTTP:
         Raises
         ------
         EngineGone, TimedOut, UpstreamFailed
-            If there is none, or it is compressed.
+            If there is none, or it is compressed, or it breaks off within the block.
         """
-        url = self._url(path)
-        sent = {**_JSON, **headers} if headers else _JSON if body is not None else None
-        try:
-            response = await self._send(method, url, body, sent)
-            async with response:
-                encoding = response.headers.get("Content-Encoding")
-                if encoding is not None and encoding != "identity":
-                    raise UpstreamFailed(
-                        f"{self.name} sends its answer compressed, which it was asked not to do.",
-                        hint="Check base_url: a proxy on the way may do that.",
-                    )
-                if response.connection is not None and response.connection.transport is not None:
-                    # How much is read at once; asyncio's default is four times as much.
-                    with contextlib.suppress(AttributeError):  # an event loop of another make
-                        setattr(response.connection.transport, "max_size", READ_BYTES)  # noqa: B010  # not of all
-                yield response
-        except (TimeoutError, aiohttp.ServerTimeoutError) as error:
-            raise TimedOut(f"{self.name} did not answer in time.", hint="Raise `timeout`, or ask for less.") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            # ValueError: host names and headers that cannot be sent.
-            raise self._gone(error) from error
+        return Exchange(self, method, path, body, {**_JSON, **headers} if headers else _JSON if body else None)
 
-    def _url(self, path: str) -> URL:
-        url = self._urls.get(path)
-        if url is None:
-            endpoint = self.endpoint
-            base, rest = (endpoint.root_url, path[1:]) if path.startswith("//") else (endpoint.base_url, path)
-            assert base is not None  # noqa: S101  # callers look whether there is a root_url
-            url = self._urls[path] = URL(base.rstrip("/") + rest, encoded=True)
-        return url
-
-    async def _send(
-        self, method: str, url: URL, body: bytes | None, headers: Mapping[str, str] | None
+    async def send(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
     ) -> aiohttp.ClientResponse:
-        """Send a request, again where that may help and nothing was answered yet."""
-        tries = 0
+        """Send a request, again where that may help and nothing was answered yet, and give the answer; for `Exchange`.
+
+        Raises
+        ------
+        UpstreamFailed
+            If the answer is compressed.
+        aiohttp.ClientError, OSError, ValueError
+            If there is none.
+        """
+        url = self._urls.get(path) or self._url(path)
+        # A file is sent piece by piece; bytes of a large prompt in one piece would hold up the event loop.
+        large = body is not None and len(body) > MAX_PIECE_BYTES
+        tries = stale = 0
         while True:
-            tries += 1
-            last = tries > self.endpoint.max_retries
-            pause: float | None
+            last = tries >= self.endpoint.max_retries
             try:
-                response = await self._send_once(method, url, body, headers)
+                response = await self._session.request(
+                    method,
+                    url,
+                    data=io.BytesIO(body) if large and body is not None else body,
+                    headers=headers,
+                    allow_redirects=False,
+                )
+            except aiohttp.ClientConnectionResetError:
+                # A kept connection that the engine had closed: nothing was sent, so once more is safe.
+                if stale:
+                    raise
+                stale = 1
+                continue
             except (aiohttp.ClientConnectorCertificateError, aiohttp.ServerTimeoutError):
                 raise
             except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
                 if last:
                     raise
-                pause = pause_before_retry({}, tries)
+                pause = pause_before_retry(NO_HEADERS, tries)
             else:
-                if response.status not in RETRIED or last:
-                    return response
+                if last or response.status not in RETRIED:
+                    return self._checked(response)
                 pause = pause_before_retry(response.headers, tries)
                 if pause is None:
-                    return response
+                    return self._checked(response)
                 response.close()
-            assert pause is not None  # noqa: S101  # without headers there is one
-            await asyncio.sleep(pause)
+            tries += 1
+            await asyncio.sleep(pause or 0.0)
 
-    async def _send_once(
-        self, method: str, url: URL, body: bytes | None, headers: Mapping[str, str] | None
-    ) -> aiohttp.ClientResponse:
-        def send() -> Awaitable[aiohttp.ClientResponse]:
-            # A file is sent piece by piece; bytes of a large prompt in one piece would hold up the event loop.
-            data = io.BytesIO(body) if body is not None and len(body) > MAX_PIECE_BYTES else body
-            return self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
+    def _checked(self, response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+        encoding = response.headers.get("Content-Encoding")
+        if encoding is not None and encoding != "identity":
+            response.close()
+            raise UpstreamFailed(
+                f"{self.name} sends its answer compressed, which it was asked not to do.",
+                hint="Check base_url: a proxy on the way may do that.",
+            )
+        connection = response.connection  # none any more where all of the answer has come
+        if connection is not None and connection.transport is not None:
+            # How much is read at once; asyncio's default is four times as much.
+            with contextlib.suppress(AttributeError):  # an event loop of another make
+                setattr(connection.transport, "max_size", READ_BYTES)  # noqa: B010  # not of all transports
+        return response
 
-        try:
-            return await send()
-        except aiohttp.ClientConnectionResetError:
-            # A kept connection that the engine had closed: nothing was sent, so once more is safe.
-            return await send()
+    def _url(self, path: str) -> URL:
+        endpoint = self.endpoint
+        base, rest = (endpoint.root_url, path[1:]) if path.startswith("//") else (endpoint.base_url, path)
+        assert base is not None  # noqa: S101  # callers look whether there is a root_url
+        url = self._urls[path] = URL(base.rstrip("/") + rest, encoded=True)
+        return url
 
     # -- whole answers -------------------------------------------------------------------------------------
 
@@ -304,6 +306,15 @@ class EngineHTTP:
         """Give the error that an answer of the engine means."""
         return refusal(self.endpoint, self.name, status, body, headers or {})
 
+    def explain(self, error: BaseException) -> LLMKitError | None:
+        """Give our error of what the HTTP library has raised, or None if it is not of its kind."""
+        if isinstance(error, TimeoutError):
+            return TimedOut(f"{self.name} did not answer in time.", hint="Raise `timeout`, or ask for less.")
+        # ValueError: host names and headers that cannot be sent.
+        if isinstance(error, aiohttp.ClientError | OSError | ValueError):
+            return self._gone(error)
+        return None
+
     def _gone(self, error: Exception) -> LLMKitError:
         if self.endpoint.uds:
             return EngineGone("The engine ended or does not answer.", hint="Load the model again; its log says more.")
@@ -324,6 +335,37 @@ class EngineHTTP:
             param="model_kwargs.base_url",
             hint="Check base_url, and that the endpoint is up and can be reached from the Jupyter server.",
         )
+
+
+class Exchange:
+    """A request and its answer, made by `EngineHTTP.open`; an asynchronous context manager, to be entered once."""
+
+    # A class rather than a generator: every request passes here.
+    __slots__ = ("_http", "_request", "_response")
+
+    def __init__(
+        self, http: EngineHTTP, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> None:
+        self._http = http
+        self._request = (method, path, body, headers)
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        try:
+            self._response = await self._http.send(*self._request)
+        except Exception as error:
+            explained = self._http.explain(error)
+            if explained is not None:
+                raise explained from error
+            raise
+        return self._response
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._response.__aexit__(kind, error, trace)
+        explained = self._http.explain(error) if error is not None else None
+        if explained is not None:
+            raise explained from error
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Admission:
         owner: object = None,
         first: Callable[[], Awaitable[None]] | None = None,
     ) -> Slot:
-        """Hold one of the running places within ``async with``, after waiting for it.
+        """Hold one of the running places within ``async with``, or from `enter` to `leave`, after waiting for it.
 
         Parameters
         ----------

@@ -116,7 +116,7 @@ class Collector:
 
     def add_all(self, pieces: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], LLMKitError | None]:
         """Take chunks up to the first that is wrong; give what is new in them as frames, and what was wrong."""
-        frames = []
+        frames: list[dict[str, Any]] = []
         for piece in pieces:
             try:
                 frame = self.add(piece)

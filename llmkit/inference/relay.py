@@ -39,6 +39,7 @@ _NOTABLE: Final = re.compile(
 )
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _LONGEST_USAGE: Final = 4096
+_DECODER: Final = json.JSONDecoder()
 _ENDS: Final = ("response.completed", "response.failed", "response.incomplete")
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -135,7 +136,7 @@ def find_usage(body: bytes) -> Usage | None:
         return None
     text = body[found.end() : found.end() + _LONGEST_USAGE].decode("utf-8", "replace")
     try:
-        told, _ = json.JSONDecoder().raw_decode(text)
+        told, _ = _DECODER.raw_decode(text)
     except ValueError:
         return None
     return read_usage(told)
@@ -176,7 +177,11 @@ class StreamRelay:
             if data == DONE:
                 self.ended = True
                 kept.append(event)
-            elif data is None or self._is_passed(data):
+            elif (
+                data is None
+                or (self._running.first_token is not None and not _NOTABLE.search(data))
+                or self._is_passed(data)
+            ):
                 kept.append(event)
             if self.ended or self.failure is not None:
                 break

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from llmkit.errors import LLMKitError
-from llmkit.schemas import Cost, Prices, Priority, RunningRequest, Timings, Usage
+from llmkit.schemas import Cost, Outcome, Prices, Priority, RunningRequest, Timings, Usage
 
 _MOST_PIECES: Final = 100_000
+Recorded = tuple[Any, ...]
+"""Of plain values alone."""
 
 
 def new_request_id() -> str:
@@ -62,14 +62,9 @@ class Running:
             if self.task is not None:
                 self.task.cancel()
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Let the cancellation of an `abort` leave as the error that it stands for."""
-        try:
-            yield
-        except (asyncio.CancelledError, LLMKitError):
-            if self.error is None:
-                raise
+    def tell(self, raised: BaseException) -> None:
+        """Raise the error that a cancellation by `abort` stands for; do nothing if it was none."""
+        if self.error is not None and isinstance(raised, asyncio.CancelledError | LLMKitError):
             if self.task is not None:
                 self.task.uncancel()
             raise self.error from None
@@ -90,16 +85,18 @@ class Running:
 
     def timings(self) -> Timings:
         """Give the durations up to now."""
-        now = time.monotonic()
+        return Timings(**self._timings(time.monotonic() - self.start))
+
+    def _timings(self, total: float) -> dict[str, float | None]:
         tokens = self.usage.completion_tokens if self.usage else None
-        generating = now - (self.sent if self.sent is not None else self.start)
-        return Timings(
-            queue=round(self.queue, 6),
-            load=round(self.load, 6),
-            first_token=None if self.first_token is None else round(self.first_token - self.start, 6),
-            total=round(now - self.start, 6),
-            tokens_per_second=round(tokens / generating, 3) if tokens and generating > 0 else None,
-        )
+        generating = total - (self.sent - self.start if self.sent is not None else 0.0)
+        return {
+            "queue": round(self.queue, 6),
+            "load": round(self.load, 6),
+            "first_token": None if self.first_token is None else round(self.first_token - self.start, 6),
+            "total": round(total, 6),
+            "tokens_per_second": round(tokens / generating, 3) if tokens and generating > 0 else None,
+        }
 
     def cost(self) -> Cost | None:
         """Give the price, or None where prices or tokens are not known."""
@@ -108,6 +105,32 @@ class Running:
             return None
         amount = (usage.prompt_tokens * prices.input + usage.completion_tokens * prices.output) / 1_000_000
         return Cost(amount=round(amount, 12), currency=prices.currency)
+
+    def record(self, outcome: Outcome, status: int, error: str | None, seconds: float) -> Recorded:
+        """Give what `RequestRecord` is made of, once the request is over; `read_record` does that.
+
+        A flat tuple, which Python's garbage collector does not look into: thousands of them can wait to be written,
+        and each of its passes would stop the event loop for longer.
+        """
+        body = None if self.response_body is None else b"".join(self.response_body)
+        usage, cost = self.usage, self.cost()
+        return (
+            self.request_id,
+            self.model_id,
+            self.answered_by if outcome == "ok" else None,
+            self.api,
+            self.priority,
+            self.stream,
+            self.started_at,
+            outcome,
+            status,
+            error,
+            *self._timings(seconds).values(),
+            *((usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) if usage else (None, None, None)),
+            *((cost.amount, cost.currency) if cost else (None, None)),
+            self.request_body,
+            body,
+        )
 
     def to_wire(self, position: int | None) -> RunningRequest:
         """Say how it is now."""
@@ -122,6 +145,26 @@ class Running:
             position=position,
             elapsed_seconds=round(time.monotonic() - self.start, 3),
         )
+
+
+def read_record(recorded: Recorded) -> dict[str, Any]:
+    """Give the fields of a `RequestRecord` out of what `Running.record` has given."""
+    (*head, queue, load, first_token, total, rate, prompt, completion, tokens, amount, currency, request, response) = (
+        recorded
+    )
+    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "started_at", "outcome", "status")
+    fields = dict(zip((*names, "error"), head, strict=True))
+    return {
+        **fields,
+        "started_at": datetime.fromtimestamp(fields["started_at"], UTC),
+        "timings": Timings(queue=queue, load=load, first_token=first_token, total=total, tokens_per_second=rate),
+        "usage": None
+        if prompt is None and completion is None
+        else Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=tokens),
+        "cost": None if amount is None else Cost(amount=amount, currency=currency),
+        "request_body": request,
+        "response_body": response,
+    }
 
 
 def read_usage(told: Any) -> Usage | None:

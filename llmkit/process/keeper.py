@@ -202,7 +202,9 @@ class KeptProcess:
     async def be_nice(self, prefix: str, niceness: int) -> None:
         """Let the processes of the tree whose name begins in a certain way stand back for all others.
 
-        ``niceness`` is that of `nice(2)`. On Linux each thread has its own, and hands it to those that it makes.
+        ``niceness`` is that of `nice(2)`. On Linux each thread has its own, and hands it to those that it makes. Where
+        the kernel shares out its time among sessions first (`sched(7)`, autogroup), a thread stands back only for
+        its own session, so the session gets the same niceness.
         """
         for process in await self.processes(prefix):
             await asyncio.to_thread(_be_nice, process, niceness)
@@ -227,6 +229,7 @@ def _be_nice(process: Process, niceness: int) -> None:
         for thread in os.listdir(f"/proc/{process.pid}/task"):  # noqa: PTH208  # names are all that is wanted
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+        Path(f"/proc/{process.pid}/autogroup").write_text(str(niceness))
 
 
 def _named(root: int, prefix: str) -> dict[Process, str]:

@@ -102,18 +102,29 @@ class RequestHistory:
         The state folder.
     logger
         Is told what goes wrong, at most once a minute.
+    read
+        Gives the fields of a `RequestRecord`, as plain values, out of what was added; bodies may be bytes. It is called
+        on the thread. By default what is added are those fields.
     max_bytes
         Bytes of all records together, as JSON. The file is larger by a quarter if they have no bodies, and at most
         twice as large, where each just does not share a page with the next. A record of more than a sixteenth of
         it loses its bodies.
     """
 
-    def __init__(self, state_dir: Path, logger: logging.Logger, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        logger: logging.Logger,
+        read: Callable[[Any], dict[str, Any]] = dict,
+        *,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         self._state_dir = state_dir
         self._log = logger
+        self._read = read
         self._max_bytes = max_bytes
         self._largest = max(1, max_bytes // 16)
-        self._pending: deque[dict[str, Any]] = deque(maxlen=PENDING)
+        self._pending: deque[Any] = deque(maxlen=PENDING)
         self._pushed_out = 0
         self._some = asyncio.Event()
         self._many = asyncio.Event()
@@ -139,14 +150,13 @@ class RequestHistory:
             self._task = asyncio.create_task(self._write_on(), name="llmkit-history")
             await self._on_disk(self._open)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Any) -> None:
         """Take the record of a request that is over; to be called on the event loop's thread.
 
         Parameters
         ----------
         record
-            The fields of a `RequestRecord`, as plain values; bodies may be bytes. It is read later, on another
-            thread: it must not change any more.
+            What ``read`` can read. It is read later, on another thread: it must not change any more.
         """
         pending = self._pending
         if len(pending) == PENDING:
@@ -249,7 +259,7 @@ class RequestHistory:
         while self._pending and self._held < enough:
             record = self._pending.popleft()
             try:
-                row = self._row(record)
+                row = self._row(self._read(record))
             except Exception as error:  # noqa: BLE001  # one bad record must not keep all others from being written
                 self._lost += 1
                 self._warn(f"a record that cannot be written: {error!r}")

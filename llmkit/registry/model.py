@@ -22,11 +22,11 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 
 from pydantic import JsonValue
 
@@ -35,7 +35,7 @@ from llmkit.engines.base import Engine, LoadProgress
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, last_lines
 from llmkit.errors import EngineCrashed, EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
-from llmkit.inference.admission import Admission
+from llmkit.inference.admission import Admission, Slot
 from llmkit.inference.running import Running
 from llmkit.registry import policies
 from llmkit.registry.load_clock import LoadClock
@@ -62,6 +62,28 @@ class Turn:
 
     http: EngineHTTP
     capabilities: Capabilities
+
+
+class Use:
+    """A request's hold on a model, made by `Model.use`; an asynchronous context manager, to be entered once."""
+
+    # A class rather than a generator: every request passes here.
+    __slots__ = ("_model", "auto_load", "idle_ttl", "running", "slot")
+
+    def __init__(self, model: Model, running: Running, idle_ttl: float | None, *, auto_load: bool) -> None:
+        self._model = model
+        self.running = running
+        self.idle_ttl = idle_ttl
+        self.auto_load = auto_load
+        self.slot: Slot | None = None
+
+    def __aenter__(self) -> Awaitable[Turn]:
+        return self._model.enter(self)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model.leave(self, error)
 
 
 class Model:
@@ -578,11 +600,8 @@ class Model:
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def use(
-        self, running: Running, idle_ttl: float | None = None, *, auto_load: bool = False
-    ) -> AsyncIterator[Turn]:
-        """Hold the model for one request, after waiting for a place.
+    def use(self, running: Running, idle_ttl: float | None = None, *, auto_load: bool = False) -> Use:
+        """Hold the model for one request within ``async with``, after waiting for a place; it gives a `Turn`.
 
         Inside, the task of ``running`` is cancelled when the model goes away or the request is cancelled by its
         id; that cancellation leaves here as the error it stands for.
@@ -601,6 +620,11 @@ class Model:
         ModelNotLoaded, QueueFull, ModelUnloaded, EngineGone
             Or the reason why it could not be loaded.
         """
+        return Use(self, running, idle_ttl, auto_load=auto_load)
+
+    async def enter(self, use: Use) -> Turn:
+        """Begin a request; for `Use`."""
+        running = use.running
         load_seconds = 0.0
 
         async def load() -> None:
@@ -613,25 +637,34 @@ class Model:
             if error is not None:
                 raise error
 
-        loads = auto_load and self._status != "loaded"
+        loads = use.auto_load and self._status != "loaded"
         if not loads:
             self._check_loaded()
+        slot = self.admission.slot(running.priority, running, load if loads else None)
         try:
-            with running.told():
-                async with self.admission.slot(running.priority, running, load if loads else None):
-                    if not self._draining:
-                        self._check_loaded()
-                    self._running[running.request_id] = running
-                    self._asked_ttl = idle_ttl
-                    try:
-                        assert self._http is not None  # noqa: S101  # loaded
-                        running.begin(load_seconds)
-                        yield Turn(self._http, self._capabilities)
-                    finally:
-                        self._running.pop(running.request_id, None)
-                        self._last_used_at = datetime.now(UTC)
-        finally:
-            self._calmer.set()
+            await self.admission.enter(slot)
+            use.slot = slot
+            if not self._draining:
+                self._check_loaded()
+            self._running[running.request_id] = running
+            self._asked_ttl = use.idle_ttl
+            assert self._http is not None  # noqa: S101  # loaded
+            running.begin(load_seconds)
+            return Turn(self._http, self._capabilities)
+        except BaseException as error:
+            self.leave(use, error)
+            raise
+
+    def leave(self, use: Use, error: BaseException | None) -> None:
+        """End a request; raises the error that an abort of it stands for. For `Use`."""
+        running = use.running
+        if self._running.pop(running.request_id, None) is not None:
+            self._last_used_at = datetime.now(UTC)
+        if use.slot is not None:
+            self.admission.leave(use.slot)
+        self._calmer.set()
+        if error is not None:
+            running.tell(error)
 
     def _check_loaded(self) -> None:
         if self._status != "loaded":

@@ -26,6 +26,7 @@ from llmkit.errors import (
     ServerStopping,
 )
 from llmkit.inference.metrics import Metrics
+from llmkit.inference.running import read_record
 from llmkit.process.devices import Devices
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
@@ -126,7 +127,7 @@ class ModelRegistry:
         )
         self._deleting: set[Model] = set()
         self._metrics = Metrics(lambda: [model.snapshot() for model in self._models.values()])
-        self._history = RequestHistory(settings.state_dir, logger, max_bytes=settings.max_record_bytes)
+        self._history = RequestHistory(settings.state_dir, logger, read_record, max_bytes=settings.max_record_bytes)
         self.requests = Requests(
             self._for_request, self._metrics, self._history, logger, record_bodies=settings.record_bodies
         )

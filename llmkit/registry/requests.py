@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
@@ -222,54 +221,40 @@ class Requests:
         """Ask a model, or its fallback, and note how it ends."""
         self._running[running.request_id] = running
         outcome: Outcome = "failed"
-        status, error = 500, None
+        status, code = 500, None
+        tried: list[Model] = []
         try:
             if known is not None:
                 known(running)
-            answer = await self._ask(model, running, ask, idle_ttl)
+            while True:
+                configuration = model.configuration
+                running.prices, running.answered_by = configuration.prices, configuration.model_id
+                try:
+                    async with model.use(running, idle_ttl, auto_load=bool(configuration.auto_load)) as turn:
+                        answer = await ask(model, turn)
+                    break
+                except LLMKitError as error:
+                    tried.append(model)
+                    following = self._fallback_of(model, error, tried)
+                    if following is None or running.answering:
+                        raise
+                    model, running.error = following, None
             status, outcome = HTTPStatus.OK, "ok"
             if isinstance(answer, WholeAnswer) and answer.status >= HTTPStatus.BAD_REQUEST:
-                status, outcome, error = answer.status, "refused", EngineRefused.code
+                status, outcome, code = answer.status, "refused", EngineRefused.code
             return answer
         except LLMKitError as raised:
-            outcome, status, error = _outcome_of(raised), raised.status, raised.code
+            outcome, status, code = _outcome_of(raised), raised.status, raised.code
             raise
         except asyncio.CancelledError:
             outcome, status = "cancelled", CLIENT_CLOSED_REQUEST
             raise
         finally:
             del self._running[running.request_id]
-            self._note(running, outcome, int(status), error)
-
-    async def _ask(
-        self,
-        model: Model,
-        running: Running,
-        ask: Callable[[Model, Turn], Awaitable[T]],
-        idle_ttl: float | None,
-    ) -> T:
-        tried: list[Model] = []
-        while True:
-            tried.append(model)
-            configuration = model.configuration
-            running.prices, running.answered_by = configuration.prices, configuration.model_id
-            try:
-                async with model.use(running, idle_ttl, auto_load=bool(configuration.auto_load)) as turn:
-                    return await ask(model, turn)
-            except LLMKitError as error:
-                following = self._fallback_of(model, error, tried)
-                if following is None or running.answering:
-                    raise
-                self._log.warning(
-                    "%s failed on a request (%s); %s is asked instead.",
-                    configuration.model_id,
-                    error.code,
-                    following.configuration.model_id,
-                )
-                model = following
-                running.error = None
+            self._note(running, outcome, int(status), code)
 
     def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model]) -> Model | None:
+        """Give the model to ask instead, or None."""
         name = model.configuration.fallback
         failed = isinstance(error, ModelNotLoaded) and model.status == "failed"
         if name is None or not (failed or isinstance(error, _WORTH_ANOTHER)):
@@ -280,30 +265,17 @@ class Requests:
             if isinstance(missing, ModelNotFound):
                 self._log.warning("%s names a fallback that does not exist: %s.", model.configuration.model_id, name)
             return None
-        return following if following not in tried else None
+        if following in tried:
+            return None
+        self._log.warning(
+            "%s failed on a request (%s); %s is asked instead.", model.configuration.model_id, error.code, name
+        )
+        return following
 
     def _note(self, running: Running, outcome: Outcome, status: int, error: str | None) -> None:
-        timings = running.timings()
-        self._metrics.request_is_over(running, outcome, timings.total)
-        record: dict[str, Any] = {
-            "request_id": running.request_id,
-            "model_id": running.model_id,
-            "answered_by": running.answered_by if outcome == "ok" else None,
-            "api": running.api,
-            "priority": running.priority,
-            "stream": running.stream,
-            "started_at": datetime.fromtimestamp(running.started_at, UTC),
-            "outcome": outcome,
-            "status": status,
-            "error": error,
-            "usage": running.usage,
-            "timings": timings,
-            "cost": running.cost(),
-        }
-        if running.response_body is not None:
-            record["request_body"] = running.request_body
-            record["response_body"] = b"".join(running.response_body)
-        self._history.add(record)
+        seconds = time.monotonic() - running.start
+        self._metrics.request_is_over(running, outcome, seconds)
+        self._history.add(running.record(outcome, status, error, seconds))
 
     # -- looking and ending --------------------------------------------------------------------------------
 

@@ -1,0 +1,57 @@
+"""Draw requests/s of each relay, with an environment that has matplotlib: ``python plot.py latest.json relay.png``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+# The upstream itself is many times faster than every relay and would flatten all bars.
+RELAYS = {
+    "llmkit": "#d1495b",
+    "bare": "#66788a",
+    "bare-noauth": "#aab7c4",
+    "jupyter-server-proxy": "#edae49",
+    "litellm": "#2e86ab",
+}
+TITLES = {"plain": "whole answers", "stream": "streams of 64 chunks"}
+WIDTH = 0.16
+
+
+def draw(axes: Axes, cases: dict[str, Any], title: str) -> None:
+    """Draw one kind of request."""
+    clients = sorted(cases, key=int)
+    names = [name for name in RELAYS if name in cases[clients[0]]]
+    for place, name in enumerate(names):
+        positions = [number + (place - (len(names) - 1) / 2) * WIDTH for number in range(len(clients))]
+        values = [cases[count][name]["requests_per_s"] for count in clients]
+        drawn = axes.bar(positions, values, WIDTH * 0.92, label=name, color=RELAYS[name])
+        axes.bar_label(drawn, [f"{value:,.0f}" for value in values], fontsize=6.5, padding=2, rotation=90)
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks(range(len(clients)), [f"{count} client{'' if count == '1' else 's'}" for count in clients])
+    axes.set_ylabel("requests/s")
+    axes.margins(y=0.18)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(source: str, target: str) -> None:
+    """Draw the figures of one file into another."""
+    figures = json.loads(Path(source).read_text())["relay"]["figures"]
+    figure, both = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axes, (kind, title) in zip(both, TITLES.items(), strict=True):
+        draw(axes, figures[kind], title)
+    handles, labels = both[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
