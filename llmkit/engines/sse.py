@@ -34,9 +34,7 @@ class EventCutter:
         if not self._rest and part.endswith(b"\n\n"):
             return part
         data = self._rest + part
-        end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\r\n\r\n") + 4)
-        if end < 4:  # neither was found, or there is nothing before it
-            end = 0
+        end = max(data.rfind(blank) + len(blank) if blank in data else 0 for blank in (b"\n\n", b"\r\n\r\n"))
         self._rest = data[end:]
         if len(self._rest) > MAX_EVENT_BYTES:
             raise UpstreamFailed("The endpoint sends an endless event.")

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from llmkit.engines.http import EngineHTTP, finish_reading, read_start, read_whole
 from llmkit.engines.refusals import is_missing_path, passes_unchanged, redact
-from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
+from llmkit.engines.sse import DONE, EventCutter, data_of
 from llmkit.errors import EngineGone, LLMKitError, NotSupported, UpstreamFailed
 from llmkit.inference.openai_api import Call
 from llmkit.inference.running import Running, read_usage
@@ -33,14 +33,16 @@ PASSED_HEADERS: Final = (
 )
 """Of an engine's answer, to the client."""
 
+_ENDS: Final = ("response.completed", "response.failed", "response.incomplete")
 # A quote within a JSON string is escaped, so that none of these but the last can stand in the words of a model.
 _NOTABLE: Final = re.compile(
     rb'"usage"\s*:\s*\{|"error"\s*:|"type"\s*:\s*"(?:error|response\.(?:completed|failed|incomplete))"|\[DONE\]'
 )
+_WORDS: Final = (DONE, b'"usage"', b'"error"', *(f'"{end}"'.encode() for end in _ENDS))
+"""One of these is in whatever is notable."""
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _LONGEST_USAGE: Final = 4096
 _DECODER: Final = json.JSONDecoder()
-_ENDS: Final = ("response.completed", "response.failed", "response.incomplete")
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -166,29 +168,28 @@ class StreamRelay:
     def take(self, part: bytes) -> bytes:
         """Take a piece and give the whole events that are to be passed on, perhaps none."""
         events = self._cutter.feed(part)
-        if events and (self._running.first_token is None or _NOTABLE.search(events)):
-            return self._look_at(events)
-        return events
+        if b"\r" in events:
+            events = events.replace(b"\r\n", b"\n")
+        kept, at = [], 0
+        while at < len(events) and not self.ended and self.failure is None:
+            if self._running.first_token is not None:
+                begin = _next_notable(events, at)
+                if begin != at:
+                    kept.append(events[at:begin])
+                    at = begin
+                    continue
+            end = events.index(b"\n\n", at)
+            if self._is_passed(events[at:end]):
+                kept.append(events[at : end + 2])
+            at = end + 2
+        return kept[0] if len(kept) == 1 else b"".join(kept)
 
-    def _look_at(self, events: bytes) -> bytes:
-        kept = []
-        for event in split_events(events):
-            data = data_of(event)
-            if data == DONE:
-                self.ended = True
-                kept.append(event)
-            elif (
-                data is None
-                or (self._running.first_token is not None and not _NOTABLE.search(data))
-                or self._is_passed(data)
-            ):
-                kept.append(event)
-            if self.ended or self.failure is not None:
-                break
-        return b"".join([event + b"\n\n" for event in kept])
-
-    def _is_passed(self, data: bytes) -> bool:
+    def _is_passed(self, event: bytes) -> bool:
         """Note what an event tells, and say whether the client gets it."""
+        data = data_of(event)
+        if data is None or data == DONE:
+            self.ended = data is not None
+            return True
         try:
             told = json.loads(data)
         except (ValueError, RecursionError):
@@ -217,6 +218,17 @@ class StreamRelay:
             # The frame that we have asked for, and the client has not.
             return bool(told.get("choices")) or self._wants_usage
         return True
+
+
+def _next_notable(events: bytes, at: int) -> int:
+    """Give where the next event begins that has to be looked at, or the end if there is none."""
+    if all(events.find(word, at) < 0 for word in _WORDS):  # much quicker than the expression
+        return len(events)
+    found = _NOTABLE.search(events, at)
+    if found is None:
+        return len(events)
+    blank = events.rfind(b"\n\n", at, found.start())
+    return at if blank < 0 else blank + 2
 
 
 def has_token(told: Mapping[str, Any]) -> bool:
