@@ -44,7 +44,8 @@ class Table(NamedTuple):
 
 def tables(part: str, figures: dict[str, Any]) -> list[Table]:
     """Give the tables of a part."""
-    return {"relay": _relay, "engine": _engine, "loop": _loop, "memory": _memory}[part](figures)
+    makers = {"relay": _relay, "engine": _engine, "niceness": _niceness, "loop": _loop, "memory": _memory}
+    return makers[part](figures)
 
 
 def _relay(figures: dict[str, Any]) -> list[Table]:
@@ -116,6 +117,24 @@ def _engine(figures: dict[str, Any]) -> list[Table]:
         "parts",
     ]
     return [Table("Engine: tokens of one vLLM, directly and through relays, 8 clients", head, rows)]
+
+
+def _niceness(figures: dict[str, Any]) -> list[Table]:
+    rows = [
+        [
+            f"{name}, {clients} {'client' if clients == '1' else 'clients'}",
+            f"{some['tokens_per_s']:.0f}",
+            f"{some['first_token_p50_ms']:.1f}",
+            f"{some['first_token_p90_ms']:.1f}",
+            f"{some['latency_p50_ms']:.1f}",
+            f"{some['latency_p90_ms']:.1f}",
+            f"{some['parts_per_stream']:.0f}",
+        ]
+        for clients, case in figures.items()
+        for name, some in case.items()
+    ]
+    head = ["niceness", "tokens/s", "1st p50 ms", "1st p90 ms", "p50 ms", "p90 ms", "parts"]
+    return [Table("Niceness of engine core and worker: streams of 64 tokens through /llm/v1", head, rows)]
 
 
 def _loop(figures: dict[str, Any]) -> list[Table]:

@@ -1,4 +1,4 @@
-"""Run the benchmarks: ``make bench``, or ``python tests/benchmarks/run.py [relay] [engine] [loop] [memory]``."""
+"""Run the benchmarks: ``make bench``, or ``python tests/benchmarks/run.py [PART ...]``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import engine, loop, memory, relay, report
+from benchmarks import engine, loop, memory, niceness, relay, report
 from benchmarks.bars import bars
 from benchmarks.contenders import CONTENDERS
 from benchmarks.machine import machine, versions
 from benchmarks.processes import BenchmarkError
 
-PARTS = ("relay", "engine", "loop", "memory")
+PARTS = ("relay", "engine", "niceness", "loop", "memory")
 MOST_CLIENTS = 256
 MOST_ROUNDS = 50
 MOST_SECONDS = 60.0
@@ -81,6 +81,8 @@ def measure(part: str, given: argparse.Namespace) -> dict[str, Any]:
     if part == "engine":
         usual = engine.Settings(rounds=1, seconds=2.0) if given.quick else engine.Settings()
         return engine.measure(engine.Settings(rounds=given.rounds or usual.rounds, seconds=usual.seconds))
+    if part == "niceness":
+        return niceness.measure(niceness.Settings(rounds=1, seconds=1.5) if given.quick else niceness.Settings())
     if part == "loop":
         return loop.measure(
             loop.Settings(idle_seconds=2.0, stream_seconds=3.0, engine=False) if given.quick else loop.Settings()
