@@ -11,6 +11,7 @@ from typing import Final
 from llmkit.errors import UpstreamFailed
 
 MAX_EVENT_BYTES: Final = 4 << 20
+_BLANKS: Final = (b"\n\n", b"\r\n\r\n")
 DONE: Final = b"[DONE]"
 """The data of the last event of OpenAI's streams."""
 
@@ -21,7 +22,7 @@ class EventCutter:
     __slots__ = ("_rest",)
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, part: bytes) -> bytes:
         """Take a piece; give all whole events that are there now, perhaps none.
@@ -31,18 +32,28 @@ class EventCutter:
         UpstreamFailed
             If an event is larger than any sensible one.
         """
-        if not self._rest and part.endswith(b"\n\n"):
+        rest = self._rest
+        if not rest and part.endswith(b"\n\n"):
             return part
-        data = self._rest + part
-        end = max(data.rfind(blank) + len(blank) if blank in data else 0 for blank in (b"\n\n", b"\r\n\r\n"))
-        self._rest = data[end:]
-        if len(self._rest) > MAX_EVENT_BYTES:
+        # Only what is new is searched: an event can come in very many pieces.
+        start = max(len(rest) - len(_BLANKS[-1]) + 1, 0)
+        rest += part
+        end = 0
+        for blank in _BLANKS:
+            found = rest.rfind(blank, start)
+            if found >= 0:
+                end = max(end, found + len(blank))
+        if len(rest) - end > MAX_EVENT_BYTES:
             raise UpstreamFailed("The endpoint sends an endless event.")
-        return data[:end]
+        if not end:
+            return b""
+        events = bytes(rest[:end])
+        del rest[:end]
+        return events
 
     def rest(self) -> bytes:
-        """Give what came after the last whole event; call it at the end of the stream."""
-        return self._rest
+        """Give what came after the last whole event."""
+        return bytes(self._rest)
 
 
 def split_events(events: bytes) -> list[bytes]:

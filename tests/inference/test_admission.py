@@ -8,6 +8,7 @@ import pytest
 
 from llmkit.errors import ModelUnloaded, QueueFull
 from llmkit.inference.admission import Admission
+from llmkit.schemas import Priority
 
 
 async def test_places_are_given_in_the_order_of_arrival() -> None:
@@ -30,7 +31,7 @@ async def test_cancelling_at_any_moment_gives_every_place_back() -> None:
     admission = Admission("m", 3, 50)
 
     async def request() -> None:
-        async with admission.slot():
+        async with admission.slot(chance.choice(["interactive", "batch"])):
             await asyncio.sleep(chance.random() / 500)
 
     tasks = []
@@ -73,3 +74,101 @@ async def test_a_raised_limit_holds_from_the_next_request() -> None:
         admission.max_in_flight = 2
         async with admission.slot():
             assert admission.in_flight == 2
+
+
+async def test_a_person_goes_before_a_batch_that_waits_longer() -> None:
+    admission = Admission("m", 1, 100)
+    order: list[str] = []
+
+    async def request(name: str, priority: Priority) -> None:
+        async with admission.slot(priority):
+            order.append(name)
+            await asyncio.sleep(0.01)
+
+    batch = [asyncio.create_task(request(f"batch {number}", "batch")) for number in range(4)]
+    await asyncio.sleep(0)
+    person = asyncio.create_task(request("person", "interactive"))
+    await asyncio.gather(*batch, person)
+    assert order == ["batch 0", "person", "batch 1", "batch 2", "batch 3"]
+
+
+@pytest.mark.parametrize(("places", "for_batch"), [(1, 1), (2, 1), (8, 7), (16, 14), (64, 56)])
+async def test_a_batch_leaves_places_free_for_people(places: int, for_batch: int) -> None:
+    admission = Admission("m", places, 1000)
+    stop = asyncio.Event()
+
+    async def request(priority: Priority) -> None:
+        async with admission.slot(priority):
+            await stop.wait()
+
+    batch = [asyncio.create_task(request("batch")) for _ in range(places + 5)]
+    await asyncio.sleep(0)
+    assert (admission.in_flight, admission.queued) == (for_batch, places + 5 - for_batch)
+    people = [asyncio.create_task(request("interactive")) for _ in range(places - for_batch)]
+    await asyncio.sleep(0)
+    assert (admission.in_flight, admission.queued) == (places, places + 5 - for_batch)
+    stop.set()
+    await asyncio.gather(*batch, *people)
+    assert (admission.in_flight, admission.queued) == (0, 0)
+
+
+async def test_in_a_full_queue_the_last_of_a_batch_makes_room_for_a_person() -> None:
+    admission = Admission("m", 1, 2)
+    stop = asyncio.Event()
+
+    async def request(priority: Priority) -> str:
+        async with admission.slot(priority):
+            await stop.wait()
+        return priority
+
+    batch = [asyncio.create_task(request("batch")) for _ in range(3)]
+    await asyncio.sleep(0)
+    person = asyncio.create_task(request("interactive"))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await batch[2]
+    another = asyncio.create_task(request("batch"))
+    with pytest.raises(QueueFull):
+        await another
+    stop.set()
+    assert await asyncio.gather(batch[0], batch[1], person) == ["batch", "batch", "interactive"]
+
+
+async def test_a_position_counts_people_first() -> None:
+    admission = Admission("m", 1, 10)
+    stop = asyncio.Event()
+
+    async def request(name: str, priority: Priority) -> None:
+        async with admission.slot(priority, name):
+            await stop.wait()
+
+    names: dict[str, Priority] = {"running": "interactive", "batch": "batch", "a": "interactive", "b": "interactive"}
+    tasks = []
+    for name, priority in names.items():
+        tasks.append(asyncio.create_task(request(name, priority)))
+        await asyncio.sleep(0)
+    assert {name: admission.position(name) for name in names} == {"running": None, "a": 1, "b": 2, "batch": 3}
+    stop.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_when_to_come_again_grows_with_the_queue_and_has_an_end() -> None:
+    found = []
+    for queued in (0, 5, 5000):
+        admission = Admission("m", 1, queued)
+        tasks = [asyncio.create_task(_hold(admission)) for _ in range(queued + 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull) as caught:
+            async with admission.slot():
+                pass
+        found.append(caught.value.details["retry_after"])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (admission.in_flight, admission.queued) == (0, 0)
+    assert found == [1, 6, 60]
+
+
+async def _hold(admission: Admission) -> None:
+    async with admission.slot():
+        await asyncio.Event().wait()
