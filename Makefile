@@ -13,7 +13,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # Jupyter refuses to run as root unless it is told that this is meant.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab demo test test-fast soak lint clean
+.PHONY: help setup lab demo test test-fast bench soak lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: $(READY)  ## every test, in tiers; installs Debian's Chromium where it is 
 test-fast: $(READY)  ## the tests that need neither vLLM nor a browser
 	$(BIN)/python -m pytest -m "not vllm and not browser" $(ARGS)
 
+bench: $(READY)  ## the benchmarks, in about 20 minutes: table and plot in tests/benchmarks/results
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
 soak: $(READY)  ## the tests of reliability, N times as long (10 if not said), with their figures
 	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability $(ARGS)
 
@@ -41,7 +44,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment, caches and builds
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A file in the environment says that it is complete: a second `make` is instant, an interrupted one goes on.

@@ -148,8 +148,9 @@ class LLMKitApp(ExtensionApp):
             self.log.error("llmkit cannot start: %s", error)
         # Some 200,000 objects of a started Jupyter server live as long as it does. Python's garbage collector walks
         # through all of them again and again, 0.1 s each time in which no token reaches its reader.
-        gc.collect()
-        gc.freeze()
+        if not gc.get_freeze_count():  # once a process, which may start more than one server
+            gc.collect()
+            gc.freeze()
 
     async def ready(self) -> ModelRegistry:
         """Give the registry, started at the first call.

@@ -95,7 +95,8 @@ class Client:
         model_kwargs
             Engine arguments and generation defaults, flat or nested under ``engine`` and ``generation``.
         **optional
-            ``description``, ``auto_load``, ``idle_ttl``, ``restart``, ``max_in_flight``, ``max_queued``, ``prices``.
+            ``description``, ``auto_load``, ``idle_ttl``, ``restart``, ``max_in_flight``, ``max_queued``, ``prices``,
+            ``fallback``.
 
         Raises
         ------

@@ -458,6 +458,8 @@ class ModelRegistry:
         finally:
             self._deleting.discard(model)
             await self._loader.delete_log(configuration)
+            if configuration.model_id not in self._models:
+                self._metrics.forget(configuration.model_id)  # once more: the unload has ended its requests
 
     def _check_writable(self, configuration: Configuration) -> None:
         if configuration.declared:

@@ -26,7 +26,7 @@ from llmkit.engines.vllm import engine as module
 from llmkit.engines.vllm.engine import VLLMEngine, VLLMEngineType
 from llmkit.errors import DoesNotFit, KVCacheTooSmall, LoadFailed, ModelNameNotFound
 from llmkit.process.devices import Devices
-from llmkit.process.guardian import marked
+from llmkit.process.guardian import marked, name_of
 from llmkit.schemas import Configuration
 
 HERE = Path(__file__).parent
@@ -420,3 +420,72 @@ def test_nothing_is_left_when_the_server_is_ended(run_root: Path, phase: str, si
     wait_until(lambda: not marked(engine_id), "the engine is gone")
     wait_until(lambda: not (run_root / "engine").exists(), "the folder is gone")
     assert not shared_memory(engine_id).exists()
+
+
+# -- standing back -----------------------------------------------------------------------------------------
+
+
+def niceness(pid: int) -> set[int]:
+    """Give the niceness of every thread of a process."""
+    return {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
+@linux
+@pytest.mark.parametrize(("asked", "expected"), [(None, 15), (7, 7), (0, None)])
+async def test_what_computes_on_the_cpu_stands_back_and_what_answers_does_not(
+    make: Make, monkeypatch: pytest.MonkeyPatch, asked: int | None, expected: int | None
+) -> None:
+    monkeypatch.setattr(module, "_uses_gpu", lambda: False)
+    engine = make(niceness=asked)
+    await engine.start(ignore)
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    found = {process.pid: name_of(process.pid) for process in marked(engine.engine_id)}
+    parts = [pid for pid, name in found.items() if name.startswith("VLLM::")]
+    assert len(parts) == 2
+    for pid in found:
+        assert niceness(pid) == ({expected} if pid in parts and expected is not None else {ours})
+    autogroup = Path(f"/proc/{parts[0]}/autogroup")
+    if expected is not None and autogroup.exists() and autogroup.read_text().strip():
+        assert autogroup.read_text().split()[-1] == str(expected)
+        own = Path("/proc/self/autogroup").read_text().split()
+        assert own[-1] == "0" or own[0] != autogroup.read_text().split()[0]
+
+
+@linux
+async def test_an_engine_on_a_gpu_does_not_stand_back_unless_it_is_told_to(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_uses_gpu", lambda: True)
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    engine = make()
+    monkeypatch.setattr(module, "_uses_gpu", lambda: False)
+    await engine.start(ignore)
+    assert {n for process in marked(engine.engine_id) for n in niceness(process.pid)} == {ours}
+
+
+# -- media -------------------------------------------------------------------------------------------------
+
+
+def test_no_engine_may_fetch_media(make: Make) -> None:
+    engine = make()
+    assert "--allowed-media-domains=none.invalid" in engine._kept._command
+
+
+@pytest.mark.vllm
+def test_with_that_flag_vllm_fetches_nothing_and_takes_data_urls() -> None:
+    program = f"""
+from vllm.multimodal.media.connector import MediaConnector
+from vllm.multimodal.media import ImageMediaIO
+connector = MediaConnector(allowed_media_domains=[{module.NO_MEDIA_DOMAIN!r}])
+for url in ("http://127.0.0.1:9/a.png", "https://169.254.169.254/x", "file:///etc/passwd", "http://localhost/x"):
+    try:
+        connector.load_from_url(url, ImageMediaIO())
+    except (ValueError, RuntimeError) as error:
+        print("refused", type(error).__name__)
+png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+image = connector.load_from_url("data:image/png;base64," + png, ImageMediaIO())
+print("taken", getattr(image, "media", image).size)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    said = [line.partition(" ")[0] for line in done.stdout.splitlines()]
+    assert said == [*["refused"] * 4, "taken"], done.stdout + done.stderr[-2000:]
