@@ -60,12 +60,11 @@ class InferenceHandler(AskingHandler):
     @authorized("execute", resource=RESOURCE)
     async def post(self) -> None:
         """Answer a prompt, in one piece or as server-sent events."""
-        registry = await self.registry()
-        request = await self.read_body(InferenceRequest)
-        await self.until_gone(self._ask(registry.requests, request))
+        await self.until_gone(self._ask())
 
-    async def _ask(self, requests: Requests, request: InferenceRequest) -> None:
-        priority = self.priority()
+    async def _ask(self) -> None:
+        requests = (await self.registry()).requests
+        request, priority = await self.read_body(InferenceRequest), self.priority()
 
         def known(running: Running) -> None:
             self.introduce(requests, running)

@@ -77,7 +77,9 @@ class EngineMetricsHandler(StreamHandler):
     @authorized("read", resource=RESOURCE)
     async def get(self, model_id: str) -> None:
         """Answer what the engine tells Prometheus."""
-        registry = await self.registry()
+        await self.until_gone(self._answer(await self.registry(), model_id))
+
+    async def _answer(self, registry: ModelRegistry, model_id: str) -> None:
         metrics = await registry.engine_metrics(model_id)
         self.set_header("Content-Type", CONTENT_TYPE_LATEST)
         self.finish(metrics)

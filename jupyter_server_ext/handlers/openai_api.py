@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Final
 
 from jupyter_server.auth.decorator import authorized
@@ -9,9 +10,9 @@ from tornado import web
 
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
 from jupyter_server_ext.handlers.inference import AskingHandler
+from llmkit.errors import EngineRefused
 from llmkit.inference import openai_api
 from llmkit.inference.running import Running
-from llmkit.registry.registry import ModelRegistry
 
 RELAYED_PATHS: Final = "|".join(openai_api.PATHS)
 PASSED_HEADERS: Final = ("traceparent", "tracestate", "OpenAI-Beta")
@@ -27,11 +28,11 @@ class OpenAIHandler(AskingHandler):
     @authorized("execute", resource=RESOURCE)
     async def post(self, api: str) -> None:
         """Relay a request to the engine, and its answer to the client."""
-        registry = await self.registry()
-        await self.until_gone(self._relay(registry, api))
+        await self.until_gone(self._relay(api))
 
-    async def _relay(self, registry: ModelRegistry, api: str) -> None:
-        requests, body = registry.requests, await self.read_object()
+    async def _relay(self, api: str) -> None:
+        requests = (await self.registry()).requests
+        body, priority = await self.read_object(), self.priority()
         sent = self.request.headers
         headers = {name: sent[name] for name in PASSED_HEADERS if name in sent}
 
@@ -43,9 +44,7 @@ class OpenAIHandler(AskingHandler):
             await self.write_now(events)
 
         try:
-            answer = await requests.relay(
-                api, body, write, priority=self.priority(), headers=headers or None, known=known
-            )
+            answer = await requests.relay(api, body, write, priority=priority, headers=headers or None, known=known)
         except Exception as raised:
             if not self._headers_written:
                 raise
@@ -55,7 +54,10 @@ class OpenAIHandler(AskingHandler):
             await self.end()
             return
         if self._headers_written:  # a heartbeat was quicker than an answer that is no stream
-            await self.write_now(b"data: " + answer.body.replace(b"\n", b" ") + b"\n\n")
+            if answer.status >= HTTPStatus.BAD_REQUEST and b'"error"' not in answer.body:
+                await self.fail(EngineRefused(answer.body.decode("utf-8", "replace")))
+            else:
+                await self.write_now(b"data: " + b" ".join(answer.body.splitlines()) + b"\n\n")
             await self.end()
             return
         self.name_model()

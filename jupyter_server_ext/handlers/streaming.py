@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
@@ -46,12 +46,16 @@ class StreamHandler(LLMHandler):
 
     def on_connection_close(self) -> None:
         """End what is done for a client that has left."""
+        super().on_connection_close()  # ends the wait for a body that does not come any more
         self._client_gone = True
         if self._working is not None:
             self._working.cancel()
 
-    async def until_gone(self, work: Awaitable[T]) -> T | None:
+    async def until_gone(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Do work for the client until it is done, or the client has left: then it is cancelled, and gives None."""
+        if self._client_gone:
+            work.close()
+            return None
         task = self._working = asyncio.current_task()
         try:
             return await work

@@ -12,7 +12,7 @@ import io
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final
@@ -28,6 +28,12 @@ from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
 from llmkit.errors import EngineGone, LLMKitError, TimedOut, UpstreamFailed, UpstreamUnreachable
 
 MAX_ANSWER_BYTES: Final = 64 << 20
+MAX_PARSED_BYTES: Final = 8 << 20
+"""Of an answer that is not only passed on."""
+MAX_CONTAINERS: Final = 300_000
+"""Lists and objects in it; an answer of 4,000 tokens with 20 log probabilities each has about half as many."""
+IN_THREAD_BYTES: Final = 256 << 10
+"""What is longer is parsed beside the event loop."""
 MAX_PIECE_BYTES: Final = 256 << 10
 CONNECT_SECONDS: Final = 10.0
 KEEP_ALIVE_SECONDS: Final = 4.0
@@ -231,8 +237,8 @@ class EngineHTTP:
         """
         async with self.open(path, None if body is None else to_json(body), method=method) as response:
             await self.check_status(response)
-            data = await read_whole(response)
-            answer = _object(data)
+            data = await _read(response, MAX_PARSED_BYTES, cut=False)
+            answer = await (asyncio.to_thread(_object, data) if len(data) > IN_THREAD_BYTES else _now(data))
             self._raise_error_in(answer, data)
             return answer
 
@@ -240,11 +246,12 @@ class EngineHTTP:
         """Send a GET and give its status with its JSON, or None where that is not JSON."""
         async with self.open(path, method="GET") as response:
             try:
-                return response.status, json.loads(await read_whole(response))
+                data = await _read(response, MAX_PARSED_BYTES, cut=False)
+                return response.status, await asyncio.to_thread(_parse, data)
             except ValueError:
                 return response.status, None
 
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[list[dict[str, Any]]]:
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
         """Send a request that streams, and give the JSON objects of the events, as many at once as have come.
 
         Raises
@@ -255,8 +262,17 @@ class EngineHTTP:
         cutter = EventCutter()
         async with self.open(path, to_json(body)) as response:
             await self.check_status(response)
-            async for part in response.content.iter_any():
-                objects, failure, ended = self._read_events(cutter.feed(part))
+            if "json" in response.headers.get("Content-Type", ""):  # an endpoint that does not stream
+                answer = _object(await _read(response, MAX_PARSED_BYTES, cut=False))
+                self._raise_error_in(answer, to_json(answer))
+                yield [answer]
+                return
+            is_over = False
+            while not is_over:
+                is_over = response.content.at_eof()
+                # Some engines leave out the blank line after the last event.
+                events = cutter.feed(b"\n\n" if is_over else await response.content.readany())
+                objects, failure, ended = self._read_events(events)
                 if objects:
                     yield objects
                 if failure is not None:
@@ -270,10 +286,10 @@ class EngineHTTP:
         """Give the objects of some events up to an error or the end, the error, and whether it was the end."""
         objects: list[dict[str, Any]] = []
         for event in split_events(events):
-            data = data_of(event)
+            data = (data_of(event) or b"").strip()
             if data == DONE:
                 return objects, None, True
-            if data is not None:
+            if data:
                 try:
                     told = _object(data)
                     self._raise_error_in(told, data)
@@ -286,6 +302,10 @@ class EngineHTTP:
         """Raise what an answer without success means."""
         if not HTTPStatus.OK <= response.status < HTTPStatus.MULTIPLE_CHOICES:
             raise self.refusal(response.status, await read_start(response), response.headers)
+
+    def raise_error_in(self, data: bytes) -> None:
+        """Raise the error that an answer of JSON with status 200 tells, if it does."""
+        self._raise_error_in(_object(data), data)
 
     def _raise_error_in(self, answer: dict[str, Any], data: bytes) -> None:
         """Raise the error that some endpoints send with status 200."""
@@ -363,7 +383,8 @@ class Exchange:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._response.__aexit__(kind, error, trace)
-        explained = self._http.explain(error) if error is not None else None
+        # What is no error of HTTP was raised by who reads.
+        explained = self._http.explain(error) if isinstance(error, aiohttp.ClientError | TimeoutError) else None
         if explained is not None:
             raise explained from error
 
@@ -382,13 +403,21 @@ async def read_start(response: aiohttp.ClientResponse) -> bytes:
 
 
 async def finish_reading(response: aiohttp.ClientResponse) -> None:
-    """Read the end of an answer whose last event has come, so that its connection can be used again."""
-    if not response.content.at_eof():
-        try:
-            async with asyncio.timeout(END_SECONDS):
-                await response.content.readany()
-        except (TimeoutError, aiohttp.ClientError):
-            pass  # the connection is closed then
+    """Read the end of an answer whose last event has come, so that its connection can be used again.
+
+    A cancellation ends the reading, and nothing else: the answer is complete.
+    """
+    if response.content.at_eof():
+        return
+    try:
+        async with asyncio.timeout(END_SECONDS):
+            await response.content.readany()
+    except (TimeoutError, aiohttp.ClientError):
+        pass  # the connection is closed then
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
@@ -404,9 +433,20 @@ async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
     return b"".join(parts)[:limit]
 
 
+async def _now(data: bytes) -> dict[str, Any]:
+    return _object(data)
+
+
+def _parse(data: bytes) -> Any:
+    """Parse JSON; a few bytes of it can take a hundred times as many of memory."""
+    if len(data) > IN_THREAD_BYTES and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise UpstreamFailed("The endpoint's answer has too many parts.", hint="Check base_url and api.")
+    return json.loads(data)
+
+
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = _parse(data)
     except (ValueError, RecursionError) as error:
         raise UpstreamFailed(
             "The endpoint's answer is not JSON.", hint="Check base_url; it usually ends in /v1."

@@ -20,15 +20,27 @@ def proxy_for(url: str, environ: Mapping[str, str]) -> str | None:
 
     ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``ALL_PROXY`` name it, in small letters too, which count first; ``NO_PROXY``
     lists hosts, domains, addresses and networks that are reached without, ``*`` is all. This machine itself is.
+
+    Raises
+    ------
+    UpstreamUnreachable
+        If it is of a kind that cannot be used.
     """
     parts = urlsplit(url)
     host = (parts.hostname or "").lower().rstrip(".")
-    if host == "localhost" or _is_loopback(host) or _is_exempt(host, parts.port, _variable(environ, "no_proxy")):
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if host == "localhost" or _is_loopback(host) or _is_exempt(host, port, _variable(environ, "no_proxy")):
         return None
     proxy = _variable(environ, f"{parts.scheme}_proxy") or _variable(environ, "all_proxy")
     if not proxy:
         return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not proxy.startswith(("http://", "https://")):
+        raise UpstreamUnreachable(
+            f"A proxy of the kind {proxy.partition(':')[0]} cannot be used.",
+            hint="Set HTTPS_PROXY or HTTP_PROXY of the Jupyter server to an http:// proxy, or NO_PROXY to this host.",
+        )
+    return proxy
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
@@ -42,11 +54,10 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _is_exempt(host: str, port: int | None, rules: str) -> bool:
+def _is_exempt(host: str, port: int, rules: str) -> bool:
     for rule in filter(None, (part.strip().lower() for part in rules.split(","))):
-        if rule == "*" or host == rule or (port is not None and f"{host}:{port}" == rule):
-            return True
-        if host.endswith("." + rule.lstrip("*").lstrip(".")):
+        name = rule.removeprefix("*").removeprefix(".")  # of a domain, which stands for itself, too
+        if rule == "*" or name in (host, f"{host}:{port}") or (name and host.endswith(f".{name}")):
             return True
         if "/" in rule:
             try:

@@ -6,6 +6,7 @@ Nothing that it says is trusted: it is cut, and keys are blanked in it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -41,7 +42,8 @@ def redact(text: str, key: str | None) -> str:
     text = text.replace(key, "[key]")
     if len(key) > _KEY_RUN:
         text = re.sub(re.escape(key[:_KEY_RUN]) + r"[^\s\"',]*", "[key]", text)
-        text = re.sub(r"[^\s\"',]*" + re.escape(key[-_KEY_RUN:]), "[key]", text)
+        # From the beginning of a word only: tried from every letter of it, a long one would take minutes.
+        text = re.sub(r"(?<![^\s\"',])[^\s\"',]*" + re.escape(key[-_KEY_RUN:]), "[key]", text)
     return text
 
 
@@ -95,7 +97,7 @@ def refusal(endpoint: Endpoint, name: str, status: int, body: bytes, headers: Ma
             )
         return EngineRefused(
             said or f"{name} refused the request ({status}).",
-            param=redact(_param(body) or "", endpoint.api_key)[:200] or None,
+            param=redact((_param(body) or "")[:1000], endpoint.api_key)[:200] or None,
         )
     if status == HTTPStatus.NOT_FOUND:
         return ModelNameNotFound(
@@ -133,7 +135,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = parsedate_to_datetime(said).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
-    return min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
+    return min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS) if math.isfinite(seconds) else None
 
 
 def _object(body: bytes) -> dict[str, Any]:

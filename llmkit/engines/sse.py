@@ -10,7 +10,7 @@ from typing import Final
 
 from llmkit.errors import UpstreamFailed
 
-MAX_EVENT_BYTES: Final = 4 << 20
+MAX_EVENT_BYTES: Final = 2 << 20
 _BLANKS: Final = (b"\n\n", b"\r\n\r\n")
 DONE: Final = b"[DONE]"
 """The data of the last event of OpenAI's streams."""
@@ -50,10 +50,6 @@ class EventCutter:
         events = bytes(rest[:end])
         del rest[:end]
         return events
-
-    def rest(self) -> bytes:
-        """Give what came after the last whole event."""
-        return bytes(self._rest)
 
 
 def split_events(events: bytes) -> list[bytes]:

@@ -7,9 +7,9 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import Final
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
 
 from llmkit.errors import LLMKitError, QueueFull
 from llmkit.schemas import Priority
@@ -41,45 +41,20 @@ class Admission:
         self.max_queued = max_queued
         self.in_flight = 0
         self._batch_in_flight = 0
-        self._before = 0
         self._waiting: dict[Priority, deque[Slot]] = {"interactive": deque(), "batch": deque()}
+        # Those that wait for something else before, such as a load, are in a queue of their own.
+        self._before: dict[Priority, deque[Slot]] = {"interactive": deque(), "batch": deque()}
         self._mean_seconds = 1.0
 
     @property
     def queued(self) -> int:
         """Requests waiting now."""
-        return self._before + len(self._waiting["interactive"]) + len(self._waiting["batch"])
+        return sum(map(len, (*self._waiting.values(), *self._before.values())))
 
-    def position(self, owner: object) -> int | None:
-        """Give the place of a request in the queue, from 1 on, or None if it does not wait in it."""
-        for number, slot in enumerate((*self._waiting["interactive"], *self._waiting["batch"]), 1):
-            if slot.owner is owner:
-                return number
-        return None
-
-    def slot(
-        self,
-        priority: Priority = "interactive",
-        owner: object = None,
-        first: Callable[[], Awaitable[None]] | None = None,
-    ) -> Slot:
-        """Hold one of the running places within ``async with``, or from `enter` to `leave`, after waiting for it.
-
-        Parameters
-        ----------
-        priority
-            The class of the request.
-        owner
-            What `position` finds it by.
-        first
-            Something to wait for before, such as a load; who waits for that counts as waiting.
-
-        Raises
-        ------
-        QueueFull
-            If too many wait already.
-        """
-        return Slot(self, priority, owner, first)
+    def positions(self) -> dict[Any, int]:
+        """Give the place of every request in the queue by its owner, from 1 on."""
+        slots = (*self._waiting["interactive"], *self._waiting["batch"])
+        return {slot.owner: number for number, slot in enumerate(slots, 1)}
 
     def reject_waiting(self, error: LLMKitError) -> None:
         """End every wait with an error."""
@@ -87,18 +62,18 @@ class Admission:
             while waiting:
                 waiting.popleft().reject(error)
 
-    # -- for slots -----------------------------------------------------------------------------------------
-
     async def enter(self, slot: Slot) -> None:
-        """Give a slot a place, after waiting for it."""
+        """Give a slot a place, after waiting for it.
+
+        Raises
+        ------
+        QueueFull
+            If too many wait already, or if a person's request takes the place of one of a batch in a full queue.
+        """
         priority = slot.priority
         if slot.first is not None:
             self._check_room(priority, self.max_in_flight - self.in_flight)
-            self._before += 1
-            try:
-                await slot.first()
-            finally:
-                self._before -= 1
+            await self._wait_before(slot, slot.first)
         if self._has_place(priority) and not self._waiting[priority]:
             self._take(priority)
         else:
@@ -111,6 +86,25 @@ class Admission:
         """Take the place of a slot back, for those who wait."""
         self._mean_seconds += _WEIGHT * (time.monotonic() - slot.started - self._mean_seconds)
         self._give_back(slot.priority)
+
+    async def _wait_before(self, slot: Slot, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Wait for something else than a place; a person's request can put an end to it, as to any wait of a batch."""
+        waiting = self._before[slot.priority]
+        slot.place = asyncio.get_running_loop().create_future()
+        waiting.append(slot)
+        task = asyncio.create_task(first())
+        try:
+            await asyncio.wait([task, slot.place], return_when=asyncio.FIRST_COMPLETED)
+            if slot.place.done():
+                slot.place.result()
+            await task
+        finally:
+            if not task.done():
+                task.cancel()
+            elif not task.cancelled():
+                task.exception()  # perhaps nobody else has looked at it
+            with contextlib.suppress(ValueError):  # it may have been taken out already
+                waiting.remove(slot)
 
     async def _wait(self, slot: Slot) -> None:
         waiting = self._waiting[slot.priority]
@@ -153,8 +147,9 @@ class Admission:
         """Raise `QueueFull` if no more may wait; a batch's last request in the queue makes room for a person's."""
         if self.queued < self.max_queued + max(places, 0):
             return
-        if priority == "interactive" and self._waiting["batch"]:
-            self._waiting["batch"].pop().reject(self._full())
+        batch = self._waiting["batch"] or self._before["batch"]
+        if priority == "interactive" and batch:
+            batch.pop().reject(self._full())
             return
         raise self._full()
 
@@ -173,33 +168,25 @@ class Admission:
         )
 
 
+@dataclass(eq=False, slots=True)
 class Slot:
-    """A request's place, made by `Admission.slot`; an asynchronous context manager, to be entered once."""
+    """A request's place in a queue: between `Admission.enter` and `Admission.leave` it is one of those that run.
 
-    # A class rather than a generator: every request passes here.
-    __slots__ = ("_admission", "first", "owner", "place", "priority", "started")
+    Parameters
+    ----------
+    priority
+        The class of the request.
+    owner
+        What `Admission.positions` names it by.
+    first
+        Something to wait for before, such as a load; who waits for that counts as waiting.
+    """
 
-    def __init__(
-        self,
-        admission: Admission,
-        priority: Priority,
-        owner: object,
-        first: Callable[[], Awaitable[None]] | None,
-    ) -> None:
-        self._admission = admission
-        self.priority: Priority = priority
-        self.owner = owner
-        self.first = first
-        self.place: asyncio.Future[None] | None = None
-        self.started = 0.0
-
-    def __aenter__(self) -> Awaitable[None]:
-        return self._admission.enter(self)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._admission.leave(self)
+    priority: Priority = "interactive"
+    owner: Any = None
+    first: Callable[[], Coroutine[Any, Any, None]] | None = None
+    place: asyncio.Future[None] | None = None
+    started: float = 0.0
 
     def reject(self, error: LLMKitError) -> None:
         """End the wait with an error."""

@@ -30,9 +30,11 @@ FORBIDDEN: Final = {
     "prompt_embeds": "Embeddings in the place of a prompt are objects that the engine would unpack.",
     "vllm_xargs": "Engine internals are not for requests.",
     "kv_transfer_params": "Engine internals are not for requests.",
+    "ec_transfer_params": "Engine internals are not for requests.",
 }
 """What no request may carry, and why."""
 
+_FORBIDDEN_HERE: Final = {**FORBIDDEN, "request_id": "The server makes the id; X-Request-Id of the answer says it."}
 _ALIASES: Final = ({"max_tokens", "max_completion_tokens"},)
 _GENERATING: Final = ("chat/completions", "completions")
 
@@ -46,6 +48,10 @@ class Call:
     stream: bool = False
     wants_usage: bool = True
     """Whether the client reads the frame with the usage; we ask for it in any case."""
+    adds_options: bool = False
+    """Whether it carries ``stream_options`` that the client has not sent."""
+    lacks_options: bool = False
+    """Whether it would, if the engine knew them."""
 
 
 def model_of(body: Mapping[str, Any]) -> str:
@@ -98,8 +104,8 @@ def to_call(
     NotSupported
         If it is known that the model cannot do this.
     """
-    for name in FORBIDDEN.keys() & body.keys():
-        raise ParameterForbidden(f"`{name}` is not allowed in a request.", param=name, hint=FORBIDDEN[name])
+    for name in _FORBIDDEN_HERE.keys() & body.keys():
+        raise ParameterForbidden(f"`{name}` is not allowed in a request.", param=name, hint=_FORBIDDEN_HERE[name])
     if api == "chat/completions" and model_api == "completions":
         raise NotSupported(
             f"`{body['model']}` completes text; it has no chat template.",
@@ -107,14 +113,20 @@ def to_call(
             hint="Use /llm/v1/completions, or configure the model with api: chat.",
         )
     sent = {**_defaults_for(api, defaults, body), **body, "model": model}
-    stream, wants_usage = is_stream(body), True
-    if stream and api in _GENERATING:
-        options = body.get("stream_options")
-        given: dict[str, Any] = options if isinstance(options, dict) else {}
-        wants_usage = bool(given.get("include_usage"))
-        if stream_options and (options is None or isinstance(options, dict)):
-            sent["stream_options"] = {**given, "include_usage": True}
-    return Call(PATHS[api], to_json(sent), stream=stream, wants_usage=wants_usage)
+    if not (is_stream(body) and api in _GENERATING):
+        return Call(PATHS[api], to_json(sent), stream=is_stream(body))
+    options = body.get("stream_options")
+    given: dict[str, Any] = options if isinstance(options, dict) else {}
+    if stream_options and (options is None or isinstance(options, dict)):
+        sent["stream_options"] = {**given, "include_usage": True}
+    return Call(
+        PATHS[api],
+        to_json(sent),
+        stream=True,
+        wants_usage=bool(given.get("include_usage")),
+        adds_options=stream_options and options is None,
+        lacks_options=not stream_options and options is None,
+    )
 
 
 def with_defaults(defaults: Mapping[str, JsonValue], given: Mapping[str, Any]) -> dict[str, Any]:

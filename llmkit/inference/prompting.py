@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from pydantic import JsonValue, ValidationError
+from pydantic_core import to_json
 
 from llmkit.engines.base import does_not_fit, validation_details
-from llmkit.engines.http import MAX_ANSWER_BYTES
+from llmkit.engines.http import MAX_PARSED_BYTES
 from llmkit.errors import LLMKitError, ParameterForbidden, UpstreamFailed
 from llmkit.inference import openai_api
 from llmkit.inference.openai_api import with_defaults
@@ -23,6 +25,9 @@ FORBIDDEN = {
     "stream_options": "Every answer carries its usage.",
     **openai_api.FORBIDDEN,
 }
+
+_CALL_BYTES: Final = 64
+"""What a piece of a tool call counts for at least."""
 
 
 def read_options(request: InferenceRequest) -> InferenceOptions:
@@ -93,13 +98,27 @@ def to_openai(
     return path, body
 
 
+@dataclass(slots=True)
+class ToolCall:
+    """A tool call, as far as it has come."""
+
+    id: str | None = None
+    name: str = ""
+    arguments: list[str] = field(default_factory=list)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Give it as OpenAI's API does."""
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"type": "function", "function": function, **({"id": self.id} if self.id else {})}
+
+
 class Collector:
     """Puts the pieces of an answer together, streamed or not."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
         self.reasoning: list[str] = []
-        self.tool_calls: dict[int, dict[str, Any]] = {}
+        self.tool_calls: dict[int, ToolCall] = {}
         self.logprobs: dict[str, list[Any]] = {}
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
@@ -147,9 +166,7 @@ class Collector:
         part = choice.get("delta") or choice.get("message") or choice
         text = _text(part.get("content") or part.get("text") or "")
         reasoning = _text(part.get("reasoning") or part.get("reasoning_content") or "")
-        self.size += len(text) + len(reasoning)
-        if self.size > MAX_ANSWER_BYTES:
-            raise UpstreamFailed("The answer does not end.")
+        self._count(len(text) + len(reasoning))
         frame: dict[str, Any] = {}
         if text:
             self.text.append(text)
@@ -167,23 +184,27 @@ class Collector:
             frame["logprobs"] = logprobs
         return frame
 
+    def _count(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_PARSED_BYTES:
+            raise UpstreamFailed("The answer does not end.")
+
     def _add_logprobs(self, logprobs: Mapping[str, Any]) -> None:
         # Lists in parallel, one entry a token: `content` and `refusal` of chat, `tokens` and others of completions.
         for name, values in logprobs.items():
             if isinstance(values, list):
+                self._count(len(to_json(values)))
                 self.logprobs.setdefault(name, []).extend(values)
 
     def _add_tool_call(self, call: Mapping[str, Any]) -> None:
         # In a stream a call arrives in pieces of one index; the arguments are cut anywhere.
-        known = self.tool_calls.setdefault(
-            call.get("index", len(self.tool_calls)),
-            {"type": "function", "function": {"name": "", "arguments": ""}},
-        )
-        if call.get("id"):
-            known["id"] = call["id"]
+        known = self.tool_calls.setdefault(call.get("index", len(self.tool_calls)), ToolCall())
+        known.id = call.get("id") or known.id
         function = call.get("function") or {}
-        for name in ("name", "arguments"):
-            known["function"][name] += function.get(name) or ""
+        name, arguments = (_text(function.get(key) or "") for key in ("name", "arguments"))
+        self._count(_CALL_BYTES + len(name) + len(arguments))
+        known.name += name
+        known.arguments.append(arguments)
 
     def answer(self, running: Running) -> InferenceAnswer:
         """Give the whole answer."""
@@ -193,7 +214,7 @@ class Collector:
             request_id=running.request_id,
             finish_reason=self.finish_reason,
             reasoning="".join(self.reasoning) or None,
-            tool_calls=[self.tool_calls[i] for i in sorted(self.tool_calls)] or None,
+            tool_calls=[self.tool_calls[i].to_wire() for i in sorted(self.tool_calls)] or None,
             logprobs=self.logprobs or None,
             usage=self.usage,
             timings=running.timings(),

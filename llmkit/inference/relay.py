@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
+import aiohttp
+
 from llmkit.engines.http import EngineHTTP, finish_reading, read_start, read_whole
 from llmkit.engines.refusals import is_missing_path, passes_unchanged, redact
 from llmkit.engines.sse import DONE, EventCutter, data_of
@@ -42,6 +44,9 @@ _WORDS: Final = (DONE, b'"usage"', b'"error"', *(f'"{end}"'.encode() for end in 
 """One of these is in whatever is notable."""
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _LONGEST_USAGE: Final = 4096
+_LONGEST_PARSED: Final = 256 << 10
+_HEAD_BYTES: Final = 256
+_HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]{1,200}")
 _DECODER: Final = json.JSONDecoder()
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -91,27 +96,38 @@ async def relay(
         if kind.startswith("text/event-stream"):
             if not call.stream:
                 raise UpstreamFailed(f"{http.name} streams an answer that was to come in one piece.")
-            relaying = StreamRelay(http, running, wants_usage=call.wants_usage)
-            content = response.content
-            while not content.at_eof():
-                events = relaying.take(await content.readany())
-                if events:
-                    running.answering = True
-                    running.keep(events)
-                    await write(events)
-                if relaying.failure is not None:
-                    raise relaying.failure
-                if relaying.ended:
-                    await finish_reading(response)
-                    return None
-            raise EngineGone("The engine ended its answer before it was complete.", hint="Send the request again.")
+            await _relay_stream(http, call, running, write, response)
+            return None
         if "json" not in kind:
             raise UpstreamFailed(f"{http.name} answers, but not with JSON.", hint="Check base_url and api.")
         body = await read_whole(response)
+        if b'"error"' in body[:_HEAD_BYTES]:
+            http.raise_error_in(body)
         running.usage = find_usage(body)
-        running.answering = True
+        running.answering = running.complete = True
         running.keep(body)
-        return WholeAnswer(status, body, _passed(response.headers))
+        return WholeAnswer(status, body, _passed(http, response.headers))
+
+
+async def _relay_stream(
+    http: EngineHTTP, call: Call, running: Running, write: Write, response: aiohttp.ClientResponse
+) -> None:
+    relaying = StreamRelay(http, running, wants_usage=call.wants_usage)
+    content = response.content
+    while not relaying.ended:
+        # Some engines leave out the blank line after the last event.
+        is_over = content.at_eof()
+        events = relaying.take(b"\n\n" if is_over else await content.readany())
+        if events:
+            running.answering = True
+            running.keep(events)
+            await write(events)
+        if relaying.failure is not None:
+            raise relaying.failure
+        if is_over and not relaying.ended:
+            raise EngineGone("The engine ended its answer before it was complete.", hint="Send the request again.")
+    running.complete = True
+    await finish_reading(response)
 
 
 def _refused(http: EngineHTTP, call: Call, status: int, body: bytes, headers: Mapping[str, str]) -> WholeAnswer:
@@ -124,11 +140,15 @@ def _refused(http: EngineHTTP, call: Call, status: int, body: bytes, headers: Ma
         raise http.refusal(status, body, headers)
     if http.endpoint.api_key:
         body = redact(body.decode("utf-8", "replace"), http.endpoint.api_key).encode()
-    return WholeAnswer(status, body, _passed(headers))
+    return WholeAnswer(status, body, _passed(http, headers))
 
 
-def _passed(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: headers[name] for name in PASSED_HEADERS if name in headers}
+def _passed(http: EngineHTTP, headers: Mapping[str, str]) -> dict[str, str]:
+    found = {name: headers[name] for name in PASSED_HEADERS if name in headers}
+    if not found:
+        return found
+    key = http.endpoint.api_key
+    return {name: redact(value, key) for name, value in found.items() if _HEADER_VALUE.fullmatch(value)}
 
 
 def find_usage(body: bytes) -> Usage | None:
@@ -170,10 +190,12 @@ class StreamRelay:
         events = self._cutter.feed(part)
         if b"\r" in events:
             events = events.replace(b"\r\n", b"\n")
+        # Searching for words is much quicker than the expression, and nearly always enough.
+        is_plain = not any(word in events for word in _WORDS)
         kept, at = [], 0
         while at < len(events) and not self.ended and self.failure is None:
             if self._running.first_token is not None:
-                begin = _next_notable(events, at)
+                begin = len(events) if is_plain else _next_notable(events, at)
                 if begin != at:
                     kept.append(events[at:begin])
                     at = begin
@@ -186,9 +208,13 @@ class StreamRelay:
 
     def _is_passed(self, event: bytes) -> bool:
         """Note what an event tells, and say whether the client gets it."""
-        data = data_of(event)
-        if data is None or data == DONE:
-            self.ended = data is not None
+        data = (data_of(event) or b"").strip()
+        if not data or data == DONE:
+            self.ended = data == DONE
+            return True
+        if len(data) > _LONGEST_PARSED:  # it would take the time of others
+            self.ended = any(f'"{end}"'.encode() in data[:_HEAD_BYTES] for end in _ENDS)
+            self._running.usage = find_usage(data) or self._running.usage
             return True
         try:
             told = json.loads(data)
@@ -209,21 +235,20 @@ class StreamRelay:
             running.first_token = time.monotonic()
         if kind in _ENDS:
             self.ended = True
+            running.failed = UpstreamFailed.code if kind == "response.failed" else None
             whole = told.get("response")
             running.usage = read_usage(whole.get("usage")) if isinstance(whole, dict) else None
             return True
-        usage = read_usage(told.get("usage"))
-        if usage is not None:
-            running.usage = usage
+        usage = told.get("usage")
+        if isinstance(usage, dict):
+            running.usage = read_usage(usage) or running.usage
             # The frame that we have asked for, and the client has not.
-            return bool(told.get("choices")) or self._wants_usage
+            return told.get("choices") != [] or self._wants_usage
         return True
 
 
 def _next_notable(events: bytes, at: int) -> int:
     """Give where the next event begins that has to be looked at, or the end if there is none."""
-    if all(events.find(word, at) < 0 for word in _WORDS):  # much quicker than the expression
-        return len(events)
     found = _NOTABLE.search(events, at)
     if found is None:
         return len(events)

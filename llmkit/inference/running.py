@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from llmkit.errors import LLMKitError
+from llmkit.errors import LLMKitError, RequestCancelled
 from llmkit.schemas import Cost, Outcome, Prices, Priority, RunningRequest, Timings, Usage
 
-_MOST_PIECES: Final = 100_000
+MOST_KEPT_BYTES: Final = 1 << 20
+"""Of a question and of an answer, for the record."""
 Recorded = tuple[Any, ...]
 """Of plain values alone."""
 
@@ -39,9 +41,15 @@ class Running:
     answered_by: str | None = None
     answering: bool = False
     """Whether something of the answer is on its way to the client."""
+    complete: bool = False
+    """Whether all of it is."""
+    failed: str | None = None
+    """The code of an error that the engine's own answer tells."""
     started_at: float = field(default_factory=time.time)
     """Seconds of the epoch."""
     start: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.monotonic)
+    """When the model that is to answer was asked; after a fallback later than `start`."""
     queue: float = 0.0
     load: float = 0.0
     sent: float | None = None
@@ -52,36 +60,55 @@ class Running:
     request_body: bytes | None = None
     response_body: list[bytes] | None = None
     """Pieces of the answer; None if nobody wants them."""
+    kept_bytes: int = 0
 
     # -- ending it -----------------------------------------------------------------------------------------
 
     def abort(self, error: LLMKitError) -> None:
-        """End the request with an error; the first one counts."""
-        if self.error is None:
+        """End the request with an error, unless its answer is complete.
+
+        The first error counts; but who has cancelled a request is not to get the answer of a fallback.
+        """
+        if self.complete:
+            return
+        first = self.error is None
+        if first or isinstance(error, RequestCancelled):
             self.error = error
-            if self.task is not None:
-                self.task.cancel()
+        if first and self.task is not None:
+            self.task.cancel()
 
     def tell(self, raised: BaseException) -> None:
         """Raise the error that a cancellation by `abort` stands for; do nothing if it was none."""
         if self.error is not None and isinstance(raised, asyncio.CancelledError | LLMKitError):
-            if self.task is not None:
-                self.task.uncancel()
-            raise self.error from None
+            if self.task is not None and self.task.uncancel():
+                return  # somebody else has cancelled it, too: the client is gone
+            # A copy: one error can end many requests, and would keep what is in their frames, prompts and all.
+            raise copy(self.error) from None
 
     def keep(self, data: bytes) -> None:
         """Keep a piece of the answer for the record, if it is wanted and not too much."""
-        if self.response_body is not None and len(self.response_body) < _MOST_PIECES:
+        if self.response_body is not None and self.kept_bytes < MOST_KEPT_BYTES:
             self.response_body.append(data)
+            self.kept_bytes += len(data)
 
     # -- telling of it -------------------------------------------------------------------------------------
+
+    def ask(self, model_id: str, prices: Prices | None) -> None:
+        """Note that a model is asked now, the first one or a fallback."""
+        self.status, self.sent, self.error = "queued", None, None
+        self.answered_by, self.prices = model_id, prices
+        self.asked = time.monotonic()
 
     def begin(self, load_seconds: float) -> None:
         """Note that the request goes to the engine now."""
         self.status = "running"
         self.sent = time.monotonic()
         self.load = load_seconds
-        self.queue = self.sent - self.start - load_seconds
+        self.queue = self.sent - self.asked - load_seconds
+
+    def record_bodies(self, request: bytes) -> None:
+        """Keep question and answer for the record, from now on."""
+        self.request_body, self.response_body, self.kept_bytes = request[:MOST_KEPT_BYTES], [], 0
 
     def timings(self) -> Timings:
         """Give the durations up to now."""

@@ -27,7 +27,7 @@ from llmkit.schemas import RequestRecord
 
 MAX_BYTES = 64 << 20
 PENDING = 10_000
-"""So many records wait to be written; what comes then pushes the oldest out."""
+PENDING_WITH_BODIES = 256
 BACKLOG = 1_000
 """So many are written without waiting for more."""
 BATCH_SECONDS = 1.0
@@ -109,6 +109,8 @@ class RequestHistory:
         Bytes of all records together, as JSON. The file is larger by a quarter if they have no bodies, and at most
         twice as large, where each just does not share a page with the next. A record of more than a sixteenth of
         it loses its bodies.
+    most_pending
+        So many records wait to be written; what comes then pushes the oldest out.
     """
 
     def __init__(
@@ -118,13 +120,15 @@ class RequestHistory:
         read: Callable[[Any], dict[str, Any]] = dict,
         *,
         max_bytes: int = MAX_BYTES,
+        most_pending: int = PENDING,
     ) -> None:
         self._state_dir = state_dir
         self._log = logger
         self._read = read
         self._max_bytes = max_bytes
         self._largest = max(1, max_bytes // 16)
-        self._pending: deque[Any] = deque(maxlen=PENDING)
+        self._pending: deque[Any] = deque(maxlen=most_pending)
+        self._backlog = min(BACKLOG, most_pending // 4)
         self._pushed_out = 0
         self._some = asyncio.Event()
         self._many = asyncio.Event()
@@ -159,11 +163,11 @@ class RequestHistory:
             What ``read`` can read. It is read later, on another thread: it must not change any more.
         """
         pending = self._pending
-        if len(pending) == PENDING:
+        if len(pending) == pending.maxlen:
             self._pushed_out += 1
         pending.append(record)
         self._some.set()
-        if len(pending) > BACKLOG:
+        if len(pending) > self._backlog:
             self._many.set()
 
     async def recent(self, limit: int, model_id: str | None = None) -> list[RequestRecord]:

@@ -23,6 +23,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -254,7 +255,7 @@ class Model:
         """
         error = await asyncio.shield(self.start_loading(force=force))
         if error is not None:
-            raise error
+            raise copy(error)  # each has its own: an error keeps the frames that it has gone through
 
     def start_loading(self, *, force: bool = False) -> asyncio.Task[LLMKitError | None]:
         """Start a load, if there is none; one that has to wait for an unload begins when that is over.
@@ -275,7 +276,7 @@ class Model:
             If the model was retired.
         """
         if self._retired is not None:
-            raise self._retired
+            raise copy(self._retired)
         if self._unload_task is not None:
             if self._next_load is None:
                 self._next_load = self._new_load(force=force)
@@ -293,7 +294,7 @@ class Model:
             now = time.monotonic()
             pause = policies.restart_delay(self._failures, now) or policies.LONGEST_RESTART_SECONDS
             if self._failure is not None and now - self._failures[-1] < pause:
-                raise self._failure.with_traceback(None)
+                raise copy(self._failure)
             self._end_restart()
             return self._begin(force=False)
         return self.start_loading()
@@ -635,12 +636,12 @@ class Model:
             load_seconds = time.monotonic() - asked
             running.status = "queued"
             if error is not None:
-                raise error
+                raise copy(error)
 
         loads = use.auto_load and self._status != "loaded"
         if not loads:
             self._check_loaded()
-        slot = self.admission.slot(running.priority, running, load if loads else None)
+        slot = Slot(running.priority, running, load if loads else None)
         try:
             await self.admission.enter(slot)
             use.slot = slot

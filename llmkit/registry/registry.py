@@ -30,7 +30,7 @@ from llmkit.inference.running import read_record
 from llmkit.process.devices import Devices
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
-from llmkit.registry.history import RequestHistory
+from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
 from llmkit.registry.requests import Requests, no_engine_here
@@ -48,6 +48,7 @@ REFRESH_SECONDS = 0.5
 EXPIRY_SECONDS = 0.25
 LOG_SECONDS = 0.25
 CLOSE_SECONDS = 12.0
+METRICS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,13 @@ class ModelRegistry:
         )
         self._deleting: set[Model] = set()
         self._metrics = Metrics(lambda: [model.snapshot() for model in self._models.values()])
-        self._history = RequestHistory(settings.state_dir, logger, read_record, max_bytes=settings.max_record_bytes)
+        self._history = RequestHistory(
+            settings.state_dir,
+            logger,
+            read_record,
+            max_bytes=settings.max_record_bytes,
+            most_pending=PENDING_WITH_BODIES if settings.record_bodies else PENDING,
+        )
         self.requests = Requests(
             self._for_request, self._metrics, self._history, logger, record_bodies=settings.record_bodies
         )
@@ -254,12 +261,14 @@ class ModelRegistry:
         ModelNotFound, ModelNotLoaded
         NotSupported
             If the model runs elsewhere.
+        TimedOut
+            If the engine does not answer.
         """
         model = self._by_model_id(model_id)
         http = model.http
         if http.endpoint.root_url is None:
             raise no_engine_here(model)
-        async with http.open("//metrics", method="GET") as response:
+        async with http.open("//metrics", method="GET") as response, asyncio.timeout(METRICS_SECONDS):
             await http.check_status(response)
             return await read_whole(response)
 
@@ -458,8 +467,6 @@ class ModelRegistry:
         finally:
             self._deleting.discard(model)
             await self._loader.delete_log(configuration)
-            if configuration.model_id not in self._models:
-                self._metrics.forget(configuration.model_id)  # once more: the unload has ended its requests
 
     def _check_writable(self, configuration: Configuration) -> None:
         if configuration.declared:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
@@ -119,30 +120,21 @@ class Requests:
         async def ask(model: Model, turn: Turn) -> InferenceAnswer:
             http = turn.http
             api = turn.capabilities.api or "chat"
-            path, body = to_openai(
-                request, options, model.generation, api, http.endpoint.model, stream_options=http.takes_stream_options
-            )
-            if self._record_bodies:
-                running.request_body, running.response_body = to_json(body), []
-            collector = Collector()
-            if send is None:
-                answer = await http.json("POST", path, body)
-                running.answering = True
-                collector.add_whole(answer)
-            else:
+            for adds_options in _tries(http):
+                path, body = to_openai(
+                    request, options, model.generation, api, http.endpoint.model, stream_options=adds_options
+                )
+                if self._record_bodies:
+                    running.record_bodies(to_json(body))
                 try:
-                    async for pieces in http.events(path, body):
-                        frames, failure = collector.add_all(pieces)
-                        if frames:
-                            running.first_token = running.first_token or time.monotonic()
-                            running.answering = True
-                            await send(*frames)
-                        if failure is not None:
-                            raise failure
+                    collector = await _collect(http, path, body, running, send)
                 except EngineRefused as error:
-                    if not running.answering and _may_ask_without_stream_options(http, error.message):
-                        return await ask(model, turn)
+                    if adds_options and send is not None and _refuses_options(error.message, running):
+                        continue
                     raise
+                if send is not None:
+                    http.takes_stream_options = adds_options
+                break
             running.usage = collector.usage
             running.keep("".join(collector.text).encode("utf-8", "replace"))
             return collector.answer(running)
@@ -190,21 +182,26 @@ class Requests:
             http = turn.http
             if api == "tokenize" and http.endpoint.root_url is None:
                 raise no_engine_here(model)
-            call = openai_api.to_call(
-                api,
-                body,
-                model.generation,
-                http.endpoint.model,
-                model_api=turn.capabilities.api,
-                stream_options=http.takes_stream_options,
-            )
-            if self._record_bodies:
-                running.request_body, running.response_body = call.body, []
-            answer = await relay(http, call, running, write, headers)
-            if answer is not None and "stream_options" not in body and b'"stream_options"' in call.body:
+            for adds_options in _tries(http):
+                call = openai_api.to_call(
+                    api,
+                    body,
+                    model.generation,
+                    http.endpoint.model,
+                    model_api=turn.capabilities.api,
+                    stream_options=adds_options,
+                )
+                if self._record_bodies:
+                    running.record_bodies(call.body)
+                answer = await relay(http, call, running, write, headers)
+                if not call.adds_options and not call.lacks_options:
+                    break
+                if answer is None:
+                    http.takes_stream_options = adds_options
+                    break
                 words = answer.body.decode("utf-8", "replace") if answer.status in _REFUSED else ""
-                if _may_ask_without_stream_options(http, words):
-                    return await ask(model, turn)
+                if not (call.adds_options and _refuses_options(words, running)):
+                    break
             return answer
 
         return await self._run(model, running, ask, known=known)
@@ -228,7 +225,7 @@ class Requests:
                 known(running)
             while True:
                 configuration = model.configuration
-                running.prices, running.answered_by = configuration.prices, configuration.model_id
+                running.ask(configuration.model_id, configuration.prices)
                 try:
                     async with model.use(running, idle_ttl, auto_load=bool(configuration.auto_load)) as turn:
                         answer = await ask(model, turn)
@@ -238,10 +235,12 @@ class Requests:
                     following = self._fallback_of(model, error, tried)
                     if following is None or running.answering:
                         raise
-                    model, running.error = following, None
+                    model = following
             status, outcome = HTTPStatus.OK, "ok"
             if isinstance(answer, WholeAnswer) and answer.status >= HTTPStatus.BAD_REQUEST:
                 status, outcome, code = answer.status, "refused", EngineRefused.code
+            elif running.failed is not None:
+                status, outcome, code = HTTPStatus.BAD_GATEWAY, "failed", running.failed
             return answer
         except LLMKitError as raised:
             outcome, status, code = _outcome_of(raised), raised.status, raised.code
@@ -274,7 +273,9 @@ class Requests:
 
     def _note(self, running: Running, outcome: Outcome, status: int, error: str | None) -> None:
         seconds = time.monotonic() - running.start
-        self._metrics.request_is_over(running, outcome, seconds)
+        with suppress(LLMKitError):
+            self._find(running.model_id)  # one that was deleted meanwhile has no figures any more
+            self._metrics.request_is_over(running, outcome, seconds)
         self._history.add(running.record(outcome, status, error, seconds))
 
     # -- looking and ending --------------------------------------------------------------------------------
@@ -284,15 +285,24 @@ class Requests:
 
     def running(self, model_id: str | None = None) -> list[RunningRequest]:
         """Give the requests that are not over, oldest first."""
-        return [self._describe(one) for one in self._running.values() if model_id in (None, one.model_id)]
-
-    def _describe(self, running: Running) -> RunningRequest:
-        return running.to_wire(self.position(running))
+        positions: dict[str, dict[Any, int]] = {}
+        found = []
+        for one in self._running.values():
+            if model_id not in (None, one.model_id):
+                continue
+            name = one.answered_by or one.model_id
+            if name not in positions:
+                try:
+                    positions[name] = self._find(name).admission.positions()
+                except LLMKitError:  # deleted meanwhile
+                    positions[name] = {}
+            found.append(one.to_wire(positions[name].get(one)))
+        return found
 
     def position(self, running: Running) -> int | None:
         """Give the place of a request in the queue of the model that is to answer it; None if it waits in none."""
         try:
-            return self._find(running.answered_by or running.model_id).admission.position(running)
+            return self._find(running.answered_by or running.model_id).admission.positions().get(running)
         except LLMKitError:
             return None  # deleted meanwhile
 
@@ -317,15 +327,37 @@ def no_engine_here(model: Model) -> NotSupported:
     )
 
 
-def _may_ask_without_stream_options(http: EngineHTTP, refusal: str) -> bool:
-    """Say whether an endpoint refuses only what we add to a request for a stream; from then on it is left out.
+def _tries(http: EngineHTTP) -> tuple[bool, ...]:
+    """Say whether to ask for the usage of a stream, and again without that where an endpoint does not know it.
 
-    Not every endpoint knows it; without it the tokens of a stream are not counted.
+    Without it the tokens of a stream are not counted.
     """
-    if not http.takes_stream_options or "stream_options" not in refusal:
-        return False
-    http.takes_stream_options = False
-    return True
+    return (True, False) if http.takes_stream_options else (False,)
+
+
+def _refuses_options(words: str, running: Running) -> bool:
+    """Say whether an endpoint refuses what we have added to a request for a stream."""
+    return "stream_options" in words and not running.answering
+
+
+async def _collect(http: EngineHTTP, path: str, body: dict[str, Any], running: Running, send: Send | None) -> Collector:
+    """Ask the engine and put its answer together; with ``send``, hand on what is new as it comes."""
+    collector = Collector()
+    if send is None:
+        answer = await http.json("POST", path, body)
+        running.answering = True
+        collector.add_whole(answer)
+        return collector
+    async with aclosing(http.events(path, body)) as events:
+        async for pieces in events:
+            frames, failure = collector.add_all(pieces)
+            if frames:
+                running.first_token = running.first_token or time.monotonic()
+                running.answering = True
+                await send(*frames)
+            if failure is not None:
+                raise failure
+    return collector
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:

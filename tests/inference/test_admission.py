@@ -3,12 +3,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from llmkit.errors import ModelUnloaded, QueueFull
-from llmkit.inference.admission import Admission
+from llmkit.inference.admission import Admission, Slot
 from llmkit.schemas import Priority
+
+
+@contextlib.asynccontextmanager
+async def held(
+    admission: Admission, priority: Priority = "interactive", owner: object = None, first: Any = None
+) -> AsyncIterator[None]:
+    """Hold a place."""
+    slot = Slot(priority, owner, first)
+    await admission.enter(slot)
+    try:
+        yield
+    finally:
+        admission.leave(slot)
 
 
 async def test_places_are_given_in_the_order_of_arrival() -> None:
@@ -16,7 +31,7 @@ async def test_places_are_given_in_the_order_of_arrival() -> None:
     order: list[int] = []
 
     async def request(number: int) -> None:
-        async with admission.slot():
+        async with held(admission):
             order.append(number)
             assert admission.in_flight <= 2
             await asyncio.sleep(0)
@@ -31,7 +46,7 @@ async def test_cancelling_at_any_moment_gives_every_place_back() -> None:
     admission = Admission("m", 3, 50)
 
     async def request() -> None:
-        async with admission.slot(chance.choice(["interactive", "batch"])):
+        async with held(admission, chance.choice(["interactive", "batch"])):
             await asyncio.sleep(chance.random() / 500)
 
     tasks = []
@@ -51,7 +66,7 @@ async def test_waiting_requests_are_ended_with_the_error_given() -> None:
     admission = Admission("m", 1, 5)
 
     async def request() -> None:
-        async with admission.slot():
+        async with held(admission):
             await asyncio.Event().wait()
 
     running, waiting = (asyncio.create_task(request()) for _ in range(2))
@@ -67,12 +82,12 @@ async def test_waiting_requests_are_ended_with_the_error_given() -> None:
 
 async def test_a_raised_limit_holds_from_the_next_request() -> None:
     admission = Admission("m", 1, 0)
-    async with admission.slot():
+    async with held(admission):
         with pytest.raises(QueueFull):
-            async with admission.slot():
+            async with held(admission):
                 pass
         admission.max_in_flight = 2
-        async with admission.slot():
+        async with held(admission):
             assert admission.in_flight == 2
 
 
@@ -81,7 +96,7 @@ async def test_a_person_goes_before_a_batch_that_waits_longer() -> None:
     order: list[str] = []
 
     async def request(name: str, priority: Priority) -> None:
-        async with admission.slot(priority):
+        async with held(admission, priority):
             order.append(name)
             await asyncio.sleep(0.01)
 
@@ -98,7 +113,7 @@ async def test_a_batch_leaves_places_free_for_people(places: int, for_batch: int
     stop = asyncio.Event()
 
     async def request(priority: Priority) -> None:
-        async with admission.slot(priority):
+        async with held(admission, priority):
             await stop.wait()
 
     batch = [asyncio.create_task(request("batch")) for _ in range(places + 5)]
@@ -117,7 +132,7 @@ async def test_in_a_full_queue_the_last_of_a_batch_makes_room_for_a_person() -> 
     stop = asyncio.Event()
 
     async def request(priority: Priority) -> str:
-        async with admission.slot(priority):
+        async with held(admission, priority):
             await stop.wait()
         return priority
 
@@ -139,7 +154,7 @@ async def test_a_position_counts_people_first() -> None:
     stop = asyncio.Event()
 
     async def request(name: str, priority: Priority) -> None:
-        async with admission.slot(priority, name):
+        async with held(admission, priority, name):
             await stop.wait()
 
     names: dict[str, Priority] = {"running": "interactive", "batch": "batch", "a": "interactive", "b": "interactive"}
@@ -147,7 +162,7 @@ async def test_a_position_counts_people_first() -> None:
     for name, priority in names.items():
         tasks.append(asyncio.create_task(request(name, priority)))
         await asyncio.sleep(0)
-    assert {name: admission.position(name) for name in names} == {"running": None, "a": 1, "b": 2, "batch": 3}
+    assert admission.positions() == {"a": 1, "b": 2, "batch": 3}
     stop.set()
     await asyncio.gather(*tasks)
 
@@ -159,7 +174,7 @@ async def test_when_to_come_again_grows_with_the_queue_and_has_an_end() -> None:
         tasks = [asyncio.create_task(_hold(admission)) for _ in range(queued + 1)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull) as caught:
-            async with admission.slot():
+            async with held(admission):
                 pass
         found.append(caught.value.details["retry_after"])
         for task in tasks:
@@ -170,5 +185,37 @@ async def test_when_to_come_again_grows_with_the_queue_and_has_an_end() -> None:
 
 
 async def _hold(admission: Admission) -> None:
-    async with admission.slot():
+    async with held(admission):
         await asyncio.Event().wait()
+
+
+async def test_a_person_takes_the_place_of_a_batch_that_waits_for_a_load() -> None:
+    admission = Admission("m", 1, 1)
+    loaded, cancelled = asyncio.Event(), 0
+
+    async def load() -> None:
+        nonlocal cancelled
+        try:
+            await loaded.wait()
+        except asyncio.CancelledError:
+            cancelled += 1
+            raise
+
+    async def request(priority: Priority) -> str:
+        async with held(admission, priority, first=load):
+            return priority
+
+    batch = [asyncio.create_task(request("batch")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    people = [asyncio.create_task(request("interactive")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    assert admission.queued == 2
+    for one in batch:
+        with pytest.raises(QueueFull):
+            await one
+    assert cancelled == 2
+    with pytest.raises(QueueFull):
+        await request("interactive")
+    loaded.set()
+    assert await asyncio.gather(*people) == ["interactive"] * 2
+    assert (admission.in_flight, admission.queued) == (0, 0)

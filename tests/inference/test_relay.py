@@ -128,6 +128,46 @@ def test_an_event_that_is_no_json_is_an_error() -> None:
     assert isinstance(relay.failure, UpstreamFailed)
 
 
+def test_large_events_are_passed_on_unread_but_for_usage_and_end() -> None:
+    relay, running = relay_of()
+    relay.take(frame(chunk("a")))
+    large = frame(chunk("x" * 300_000, error={"message": "words of the model"}))
+    assert relay.take(large) == large
+    assert (relay.ended, relay.failure) == (False, None)
+    usage = {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+    end = frame({"type": "response.completed", "response": {"output": "x" * 300_000, "usage": usage}})
+    assert relay.take(end) == end
+    assert relay.ended
+    assert running.usage == Usage(**USAGE)
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE] \n\n", b"data: [DONE]\r\n"])
+def test_an_end_without_its_blank_line_is_an_end(end: bytes) -> None:
+    relay, _ = relay_of()
+    passed = relay.take(frame(chunk("a")) + end) + relay.take(b"\n\n")
+    assert passed.startswith(frame(chunk("a")))
+    assert relay.ended
+
+
+@pytest.mark.parametrize("usage", [{"total_tokens": 5}, {"prompt_tokens": 1.5}, USAGE])
+def test_the_frame_that_we_have_asked_for_is_kept_back_whatever_its_numbers_are(usage: dict[str, Any]) -> None:
+    relay, _ = relay_of()
+    assert relay.take(frame(chunk("a")) + frame({"choices": [], "usage": usage}) + DONE) == frame(chunk("a")) + DONE
+
+
+def test_empty_data_is_passed_on() -> None:
+    relay, _ = relay_of()
+    stream = b"data:\n\n" + b"data: \n\n" + frame(chunk("a"))
+    assert relay.take(stream) == stream
+
+
+def test_a_response_that_failed_is_noted_as_failed() -> None:
+    relay, running = relay_of()
+    stream = frame({"type": "response.failed", "response": {"error": {"message": "x"}, "usage": None}})
+    assert relay.take(stream) == stream
+    assert (relay.ended, running.failed) == (True, "upstream_failed")
+
+
 def test_responses_end_with_their_own_event_and_have_their_own_names_of_tokens() -> None:
     relay, running = relay_of()
     created = {"type": "response.created", "response": {"error": None, "usage": None}}

@@ -231,7 +231,8 @@ async def test_a_stream_that_waits_says_so_and_where_it_stands(
         (CHAT, {**BODY, "stream": True}),
         ("llm/inference", {"model_id": "example_model", "prompt": "Hi", "inference_kwargs": {"stream": True}}),
     ):
-        first, second = await asyncio.gather(call("POST", path, body), call("POST", path, body))
+        answers = await asyncio.gather(call("POST", path, body), call("POST", path, body))
+        first, second = sorted(answers, key=lambda answer: len(answer.text))  # who waits hears more
         assert ": running\n\n" in first.text
         assert ": queued, position 1\n\n" in second.text
         assert ": running\n\n" in second.text
@@ -374,6 +375,137 @@ async def test_an_endpoint_that_knows_no_stream_options_still_streams(
     assert frames((await call("POST", "llm/inference", prompt)).text)[-1] == "[DONE]"
 
 
+async def test_streams_that_find_that_out_at_once_all_get_their_answer(
+    call: Any, configure: Any, upstream: MockUpstream
+) -> None:
+    await loaded(call, configure)
+
+    async def strict(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+        await asyncio.sleep(0.2)
+        if "stream_options" in body:
+            return web.json_response({"error": {"message": "Unknown field: stream_options"}}, status=400)
+        return None
+
+    upstream.respond = strict
+    prompt = {"model_id": "example_model", "prompt": "Hi", "inference_kwargs": {"stream": True}}
+    asked = [call("POST", CHAT, {**BODY, "stream": True}) for _ in range(4)]
+    asked += [call("POST", "llm/inference", prompt) for _ in range(4)]
+    for answer in await asyncio.gather(*asked):
+        assert (answer.status, frames(answer.text)[-1]) == (200, "[DONE]")
+
+
+async def test_a_client_cannot_switch_off_the_counting_of_tokens(
+    call: Any, configure: Any, upstream: MockUpstream
+) -> None:
+    await loaded(call, configure)
+
+    async def echo(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+        if body.get("user"):
+            return web.json_response({"error": {"message": f"no user {body['user']}"}}, status=400)
+        return None
+
+    upstream.respond = echo
+    assert (await call("POST", CHAT, {**BODY, "stream": True, "user": "stream_options"})).status == 400
+    await call("POST", CHAT, {**BODY, "stream": True})
+    assert (await call("GET", "llm/requests")).json["recent"][0]["usage"] == USAGE
+
+
+async def test_who_cancels_while_the_engine_crashes_gets_no_answer_of_a_fallback(
+    call: Any, configure: Any, upstream: MockUpstream, scripted: ScriptedEngineType
+) -> None:
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with MockUpstream() as slow:
+        scripted.base_url = slow.base_url
+
+        async def never(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            loop.call_soon_threadsafe(asked.set)
+            await asyncio.sleep(60)
+            raise AssertionError("the request was not ended")
+
+        slow.respond = never
+        await loaded(call, configure, model_type="scripted", fallback="second")
+        await loaded(call, configure, model_id="second")
+        before = len(upstream.requests)
+        asking = asyncio.create_task(call("POST", CHAT, BODY))
+        await asyncio.wait_for(asked.wait(), 10)
+        (running,) = (await call("GET", "llm/requests")).json["running"]
+        scripted.engines[0].ended.set()
+        assert (await call("DELETE", f"llm/inference/{running['request_id']}")).status in (200, 404)
+        answer = await asyncio.wait_for(asking, 10)
+        if answer.status != 200:  # the cancellation came first, or with the crash
+            assert answer.json["error"]["code"] == "request_cancelled"
+            assert len(upstream.requests) == before
+
+
+@pytest.mark.parametrize("value", ["sk-1234567890abcdef", "caf\u00e9", "x" * 1000])
+async def test_headers_of_the_endpoint_pass_only_if_they_are_harmless(
+    call: Any, configure: Any, upstream: MockUpstream, value: str
+) -> None:
+    await loaded(call, configure, model_kwargs={"base_url": upstream.base_url, "api_key": "sk-1234567890abcdef"})
+
+    async def told(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+        if request.method == "GET":
+            return None
+        headers = {"x-ratelimit-reset-requests": value, "x-ratelimit-reset-tokens": "6m0s"}
+        return web.json_response(chat_answer(ANSWER), headers=headers)
+
+    upstream.respond = told
+    answer = await call("POST", CHAT, BODY)
+    assert (answer.status, answer.headers["x-ratelimit-reset-tokens"]) == (200, "6m0s")
+    assert answer.headers.get("x-ratelimit-reset-requests", "[key]") == "[key]"
+
+
+async def test_an_error_with_status_200_is_an_error(call: Any, configure: Any, upstream: MockUpstream) -> None:
+    await loaded(call, configure)
+
+    async def told(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "out of credit", "code": 402}})
+
+    upstream.respond = told
+    answer = await call("POST", CHAT, BODY)
+    assert (answer.status, answer.json["error"]["code"]) == (502, "upstream_failed")
+
+
+async def test_an_endpoint_that_answers_a_stream_in_one_piece_is_understood(
+    call: Any, configure: Any, upstream: MockUpstream
+) -> None:
+    await loaded(call, configure)
+
+    async def whole(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response(chat_answer(ANSWER))
+
+    upstream.respond = whole
+    assert (await call("POST", CHAT, {**BODY, "stream": True})).json == chat_answer(ANSWER)
+    kwargs = {"stream": True}
+    prompt = {"model_id": "example_model", "prompt": "Hi", "inference_kwargs": kwargs}
+    delta, answer, done = frames((await call("POST", "llm/inference", prompt)).text)
+    assert (json.loads(delta)["delta"], json.loads(answer)["response"], done) == (ANSWER, ANSWER, "[DONE]")
+
+
+async def test_tool_calls_and_log_probabilities_without_end_are_an_error(
+    call: Any, configure: Any, upstream: MockUpstream
+) -> None:
+    await loaded(call, configure)
+    call_piece = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "x" * 60_000}}
+    logprob = {"token": "x" * 60_000, "logprob": -1}
+    for delta in ({"delta": {"tool_calls": [call_piece]}}, {"delta": {}, "logprobs": {"content": [logprob]}}):
+
+        async def endless(
+            request: web.Request, body: dict[str, Any], delta: dict[str, Any] = delta
+        ) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            while True:
+                await response.write(event({"choices": [delta]}))
+
+        upstream.respond = endless
+        prompt = {"model_id": "example_model", "prompt": "Hi", "inference_kwargs": {"stream": True}}
+        answer = await call("POST", "llm/inference", prompt)
+        told = answer.json or json.loads(frames(answer.text)[-1])  # pieces of a tool call are no frames
+        assert told["error"]["message"] == "The answer does not end."
+
+
 # -- cancelling ----------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +541,25 @@ async def test_a_request_is_listed_while_it_runs_and_can_be_ended_by_its_id(
     assert told["running"] == []
     assert [one["outcome"] for one in told["recent"]] == ["cancelled", "cancelled"]
     assert (await call("GET", "llm/models/example_model")).json["in_flight"] == 0
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_own_body_leaves_nothing(
+    call: Any, jp_http_port: int, jp_base_url: str, jp_serverapp: Any
+) -> None:
+    before = len(asyncio.all_tasks())
+    for path in (CHAT, "llm/inference", "llm/models/x/metrics"):
+        for _ in range(5):
+            _, writer = await asyncio.open_connection("127.0.0.1", jp_http_port)
+            head = f"POST {jp_base_url}{path} HTTP/1.1\r\nHost: 127.0.0.1:{jp_http_port}\r\nContent-Length: 1000000\r\n"
+            writer.write(f"{head}Authorization: token {jp_serverapp.identity_provider.token}\r\n\r\n".encode())
+            writer.write(b"x" * 500_000)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            writer.close()
+            await writer.wait_closed()
+    async with asyncio.timeout(10):
+        while len(asyncio.all_tasks()) > before:
+            await asyncio.sleep(0.05)
 
 
 async def test_a_priority_that_does_not_exist_is_a_400(call: Any, configure: Any, upstream: MockUpstream) -> None:
