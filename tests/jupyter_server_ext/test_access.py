@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,8 +57,11 @@ def routes(app: Any) -> list[str]:
     paths = []
     for pattern in found:
         path = pattern[pattern.index("/llm") :].removesuffix("$")
-        paths.append(path.replace("(?:/.*)?", "/no/such/path").replace("([^/]+)", "some-id").replace("/?", "/"))
-    assert len(paths) >= 13
+        path = path.replace("(?:/.*)?", "/no/such/path").replace("([^/]+)", "some-id").replace("/?", "/")
+        choice = re.search(r"\((.*)\)", path)
+        paths += [path] if choice is None else [path.replace(choice[0], one) for one in choice[1].split("|")]
+    assert len(paths) >= 23
+    assert not any("(" in path for path in paths)
     return paths
 
 
