@@ -47,6 +47,17 @@ def redact(text: str, key: str | None) -> str:
     return text
 
 
+def redact_all(value: Any, key: str) -> Any:
+    """Blank a key in every text of a JSON value; in the JSON itself it can be escaped in many ways."""
+    if isinstance(value, str):
+        return redact(value, key)
+    if isinstance(value, list):
+        return [redact_all(one, key) for one in value]
+    if isinstance(value, dict):
+        return {redact(name, key): redact_all(one, key) for name, one in value.items()}
+    return value
+
+
 def passes_unchanged(status: int) -> bool:
     """Say whether an answer is the client's to read as it is: what was wrong with its request.
 

@@ -62,8 +62,9 @@ async def test_a_raw_key_works_is_marked_and_lies_in_a_0600_file(call: Any, stat
     assert list((state_dir / "secrets").iterdir()) == []
 
 
+@pytest.mark.parametrize("jp_argv", [["--LLMKitApp.record_bodies=True"]])
 async def test_the_canary_is_nowhere_but_in_its_file(
-    call: Any, app: Any, state_dir: Path, caplog: pytest.LogCaptureFixture
+    call: Any, app: Any, state_dir: Path, jp_fetch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     seen: list[str] = []
@@ -80,7 +81,7 @@ async def test_the_canary_is_nowhere_but_in_its_file(
         return web.json_response({"error": {"message": said}}, status=int(body.get("seed", 400)))
 
     with MockUpstream(key=CANARY) as upstream:
-        kwargs = {"api_key": CANARY, "base_url": upstream.base_url}
+        kwargs = {"api_key": CANARY, "base_url": upstream.base_url, "max_retries": 0}
         answers = [
             await call("POST", "llm/configure_model", {**GPT3, "model_kwargs": {"engine": kwargs}}),
             await call("POST", "llm/configure_model", {**GPT3, "model_kwargs": kwargs}),
@@ -97,7 +98,11 @@ async def test_the_canary_is_nowhere_but_in_its_file(
             answers.append(await call("POST", "llm/inference", {**PROMPT, "inference_kwargs": {"seed": status}}))
             stream = {"seed": status, "stream": True}
             answers.append(await call("POST", "llm/inference", {**PROMPT, "inference_kwargs": stream}))
+            for body in ({"seed": status}, stream):
+                chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **body}
+                answers.append(await call("POST", "llm/v1/chat/completions", chat))
         paths = ("configurations", f"configuration/{config_id}", "models", "models/m", "health", "model_types")
+        paths += ("requests", "v1/models", "v1/models/m", "devices")
         answers.extend([await call("GET", f"llm/{path}") for path in paths])
         upstream.respond = None
         upstream.key = "another"
@@ -107,6 +112,9 @@ async def test_the_canary_is_nowhere_but_in_its_file(
         answers.append(await call("GET", "llm/models/m"))
     for answer in answers:
         assert not leaks(answer.text), answer.text
+        assert not leaks(str(list(answer.headers.get_all())))
+    assert len(json.loads((await call("GET", "llm/requests")).text)["recent"]) == 32
+    assert not leaks((await jp_fetch("metrics")).body.decode())
     assert seen
     assert not leaks("\n".join(seen))
     assert not leaks(caplog.text)
