@@ -211,11 +211,6 @@ class EngineHTTP:
                 f"{self.name} sends its answer compressed, which it was asked not to do.",
                 hint="Check base_url: a proxy on the way may do that.",
             )
-        connection = response.connection  # none any more where all of the answer has come
-        if connection is not None and connection.transport is not None:
-            # How much is read at once; asyncio's default is four times as much.
-            with contextlib.suppress(AttributeError):  # an event loop of another make
-                setattr(connection.transport, "max_size", READ_BYTES)  # noqa: B010  # not of all transports
         return response
 
     def _url(self, path: str) -> URL:
@@ -262,16 +257,20 @@ class EngineHTTP:
         cutter = EventCutter()
         async with self.open(path, to_json(body)) as response:
             await self.check_status(response)
-            if "json" in response.headers.get("Content-Type", ""):  # an endpoint that does not stream
+            kind = response.headers.get("Content-Type", "")
+            if "json" in kind:  # an endpoint that does not stream
                 answer = _object(await _read(response, MAX_PARSED_BYTES, cut=False))
                 self._raise_error_in(answer, to_json(answer))
                 yield [answer]
                 return
+            if kind.startswith("text/html"):
+                raise UpstreamFailed(
+                    f"{self.name} answers with a web page.", hint="Check base_url; it usually ends in /v1."
+                )
             is_over = False
             while not is_over:
                 is_over = response.content.at_eof()
-                # Some engines leave out the blank line after the last event.
-                events = cutter.feed(b"\n\n" if is_over else await response.content.readany())
+                events = cutter.end() if is_over else cutter.feed(await response.content.readany())
                 objects, failure, ended = self._read_events(events)
                 if objects:
                     yield objects
@@ -361,27 +360,44 @@ class Exchange:
     """A request and its answer, made by `EngineHTTP.open`; an asynchronous context manager, to be entered once."""
 
     # A class rather than a generator: every request passes here.
-    __slots__ = ("_http", "_request", "_response")
+    __slots__ = ("_closed", "_http", "_request", "_response")
 
     def __init__(
         self, http: EngineHTTP, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
     ) -> None:
         self._http = http
         self._request = (method, path, body, headers)
+        self._closed: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> aiohttp.ClientResponse:
         try:
-            self._response = await self._http.send(*self._request)
+            response = self._response = await self._http.send(*self._request)
         except Exception as error:
             explained = self._http.explain(error)
             if explained is not None:
                 raise explained from error
             raise
-        return self._response
+        connection = response.connection  # none any more where all of the answer has come
+        if connection is not None and connection.protocol is not None:
+            # How much is read at once; asyncio's default is four times as much.
+            with contextlib.suppress(AttributeError):  # an event loop of another make
+                setattr(connection.transport, "max_size", READ_BYTES)  # noqa: B010  # not of all transports
+            self._closed = connection.protocol.closed
+            if self._closed is not None:
+                self._closed.add_done_callback(self._end_reading)
+        return response
+
+    def _end_reading(self, _: asyncio.Future[None]) -> None:
+        """Tell a reader that nothing more comes: aiohttp forgets that where a chunk has no proper size."""
+        content = self._response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the answer broke off"))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._closed is not None:  # one connection serves many requests
+            self._closed.remove_done_callback(self._end_reading)
         await self._response.__aexit__(kind, error, trace)
         # What is no error of HTTP was raised by who reads.
         explained = self._http.explain(error) if isinstance(error, aiohttp.ClientError | TimeoutError) else None
@@ -421,16 +437,14 @@ async def finish_reading(response: aiohttp.ClientResponse) -> None:
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    data = bytearray()  # in one piece: very many small ones would stay in the allocator
     async for part in response.content.iter_any():
-        parts.append(part)
-        size += len(part)
-        if size > limit:
+        data += part
+        if len(data) > limit:
             if cut:
                 break
             raise UpstreamFailed(f"The answer is larger than {limit >> 20} MiB.")
-    return b"".join(parts)[:limit]
+    return bytes(data[:limit])
 
 
 async def _now(data: bytes) -> dict[str, Any]:

@@ -51,6 +51,11 @@ class EventCutter:
         del rest[:end]
         return events
 
+    def end(self) -> bytes:
+        """Give the last event of OpenAI's streams, if that is what is left; some engines leave out its blank line."""
+        data = data_of(bytes(self._rest).strip())
+        return b"data: [DONE]\n\n" if data is not None and data.strip() == DONE else b""
+
 
 def split_events(events: bytes) -> list[bytes]:
     """Give each of several whole events by itself, without the blank line at its end."""

@@ -128,7 +128,7 @@ class Collector:
         """Take one chunk, or the whole answer; give what is new in it as a frame, empty if nothing is."""
         try:
             return self._add(piece)
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, LookupError) as error:
             raise UpstreamFailed(
                 "The endpoint's answer has not the form of OpenAI's API.", hint="Check base_url and api."
             ) from error

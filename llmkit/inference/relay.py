@@ -18,7 +18,7 @@ import aiohttp
 from pydantic_core import to_json
 
 from llmkit.engines.http import EngineHTTP, finish_reading, read_start, read_whole
-from llmkit.engines.refusals import is_missing_path, passes_unchanged, redact, redact_all
+from llmkit.engines.refusals import MAX_ERROR_BYTES, is_missing_path, passes_unchanged, redact, redact_all
 from llmkit.engines.sse import DONE, EventCutter, data_of
 from llmkit.errors import EngineGone, LLMKitError, NotSupported, UpstreamFailed
 from llmkit.inference.openai_api import Call
@@ -100,8 +100,10 @@ async def relay(
         if "json" not in kind:
             raise UpstreamFailed(f"{http.name} answers, but not with JSON.", hint="Check base_url and api.")
         body = await read_whole(response)
-        if b'"error"' in body[:_HEAD_BYTES]:
+        if len(body) <= _LONGEST_PARSED:
             http.raise_error_in(body)
+        elif not (body[:1] == b"{" and body.rstrip()[-1:] == b"}"):
+            raise UpstreamFailed(f"{http.name} answers, but not with a JSON object.", hint="Check base_url and api.")
         running.usage = find_usage(body)
         running.answering = running.complete = True
         running.keep(body)
@@ -114,9 +116,8 @@ async def _relay_stream(
     relaying = StreamRelay(http, running, wants_usage=call.wants_usage)
     content = response.content
     while not relaying.ended:
-        # Some engines leave out the blank line after the last event.
         is_over = content.at_eof()
-        events = relaying.take(b"\n\n" if is_over else await content.readany())
+        events = relaying.end() if is_over else relaying.take(await content.readany())
         if events:
             running.answering = True
             running.keep(events)
@@ -135,17 +136,15 @@ def _refused(http: EngineHTTP, call: Call, status: int, body: bytes, headers: Ma
             f"{http.name} has no {call.path.lstrip('/')}, so this model cannot be asked for that.",
             hint="GET /llm/models/ says what a loaded model can do.",
         )
-    if not (passes_unchanged(status) and body.lstrip()[:1] == b"{"):
-        raise http.refusal(status, body, headers)
     key = http.endpoint.api_key
-    if key:
-        try:
-            told = json.loads(body)
-            clean = redact_all(told, key)
-            body = body if clean == told else to_json(clean)
-        except (ValueError, RecursionError):
-            raise http.refusal(status, body, headers) from None
-    return WholeAnswer(status, body, _passed(http, headers))
+    try:
+        told = json.loads(body) if passes_unchanged(status) and len(body) < MAX_ERROR_BYTES else None
+        if not isinstance(told, dict):
+            raise http.refusal(status, body, headers)
+        clean = redact_all(told, key) if key else told
+        return WholeAnswer(status, body if clean == told else to_json(clean), _passed(http, headers))
+    except (ValueError, RecursionError):
+        raise http.refusal(status, body, headers) from None
 
 
 def _passed(http: EngineHTTP, headers: Mapping[str, str]) -> dict[str, str]:
@@ -192,7 +191,13 @@ class StreamRelay:
 
     def take(self, part: bytes) -> bytes:
         """Take a piece and give the whole events that are to be passed on, perhaps none."""
-        events = self._cutter.feed(part)
+        return self._look_at(self._cutter.feed(part))
+
+    def end(self) -> bytes:
+        """Give what is to be passed on of a stream that is over."""
+        return self._look_at(self._cutter.end())
+
+    def _look_at(self, events: bytes) -> bytes:
         if b"\r" in events:
             events = events.replace(b"\r\n", b"\n")
         notable = _Notable(events)

@@ -15,6 +15,8 @@ from llmkit.schemas import Cost, Outcome, Prices, Priority, RunningRequest, Timi
 
 MOST_KEPT_BYTES: Final = 1 << 20
 """Of a question and of an answer, for the record."""
+_MOST_TOKENS: Final = 1 << 53
+"""What JSON and Prometheus can tell apart."""
 Recorded = tuple[Any, ...]
 """Of plain values alone."""
 
@@ -201,7 +203,7 @@ def read_usage(told: Any) -> Usage | None:
 
     def count(*names: str) -> int | None:
         value = next((told[name] for name in names if name in told), None)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS else None
 
     prompt, completion = count("prompt_tokens", "input_tokens"), count("completion_tokens", "output_tokens")
     if prompt is None and completion is None:

@@ -273,10 +273,10 @@ class Requests:
 
     def _note(self, running: Running, outcome: Outcome, status: int, error: str | None) -> None:
         seconds = time.monotonic() - running.start
+        self._history.add(running.record(outcome, status, error, seconds))
         with suppress(LLMKitError):
             self._find(running.model_id)  # one that was deleted meanwhile has no figures any more
             self._metrics.request_is_over(running, outcome, seconds)
-        self._history.add(running.record(outcome, status, error, seconds))
 
     # -- looking and ending --------------------------------------------------------------------------------
 
