@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
+import os
 import random
 import re
 from collections.abc import AsyncGenerator, Mapping
@@ -59,7 +61,6 @@ LONGEST_WAIT_SECONDS: Final = 60.0
 """An endpoint that wants to be left alone for longer is not waited for."""
 
 _HOST: Final = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
-_JSON: Final = {"Content-Type": "application/json"}
 NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
@@ -118,12 +119,14 @@ class EngineHTTP:
             connector = aiohttp.TCPConnector(
                 limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, ssl=endpoint.ssl if endpoint.ssl is not None else True
             )
-        headers = {"Accept-Encoding": "identity", "User-Agent": "llmkit", **endpoint.headers}
+        # Of each request: those of the session go to a proxy as well, and the key as if it were the proxy's.
+        self._headers = {**endpoint.headers}
         if endpoint.api_key:
-            headers["Authorization"] = f"Bearer {endpoint.api_key}"
+            self._headers["Authorization"] = f"Bearer {endpoint.api_key}"
+        self._headers_with_body = {**self._headers, "Content-Type": "application/json"}
         self._session = aiohttp.ClientSession(
             connector=connector,
-            headers=headers,
+            headers={"Accept-Encoding": "identity", "User-Agent": "llmkit"},
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             proxy=endpoint.proxy,
@@ -153,7 +156,8 @@ class EngineHTTP:
         EngineGone, TimedOut, UpstreamFailed
             If there is none, or it is compressed, or it breaks off within the block.
         """
-        return Exchange(self, method, path, body, {**_JSON, **headers} if headers else _JSON if body else None)
+        own = self._headers_with_body if body is not None else self._headers
+        return Exchange(self, method, path, body, {**headers, **own} if headers else own)
 
     async def send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
@@ -170,7 +174,7 @@ class EngineHTTP:
         url = self._urls.get(path) or self._url(path)
         # A file is sent piece by piece; bytes of a large prompt in one piece would hold up the event loop.
         large = body is not None and len(body) > MAX_PIECE_BYTES
-        tries = stale = 0
+        tries, stale = 0, False
         while True:
             last = tries >= self.endpoint.max_retries
             try:
@@ -181,15 +185,12 @@ class EngineHTTP:
                     headers=headers,
                     allow_redirects=False,
                 )
-            except aiohttp.ClientConnectionResetError:
-                # A kept connection that the engine had closed: nothing was sent, so once more is safe.
-                if stale:
-                    raise
-                stale = 1
-                continue
-            except (aiohttp.ClientConnectorCertificateError, aiohttp.ServerTimeoutError):
+            except aiohttp.ClientConnectorCertificateError:
                 raise
-            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+                if _was_not_sent(error) and not stale:
+                    stale = True  # a kept connection that the engine had closed: once more is safe
+                    continue
                 if last:
                     raise
                 pause = pause_before_retry(NO_HEADERS, tries)
@@ -243,7 +244,7 @@ class EngineHTTP:
             try:
                 data = await _read(response, MAX_PARSED_BYTES, cut=False)
                 return response.status, await asyncio.to_thread(_parse, data)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return response.status, None
 
     async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
@@ -346,7 +347,7 @@ class EngineHTTP:
         elif isinstance(error, aiohttp.ClientConnectorDNSError):
             why = "its name is not known"
         elif isinstance(error, aiohttp.ClientConnectorError):
-            why = error.os_error.strerror or "no connection"
+            why = os.strerror(error.os_error.errno) if error.os_error.errno else "no connection"
         else:
             why = "the connection broke"
         return UpstreamUnreachable(
@@ -403,6 +404,13 @@ class Exchange:
         explained = self._http.explain(error) if isinstance(error, aiohttp.ClientError | TimeoutError) else None
         if explained is not None:
             raise explained from error
+
+
+def _was_not_sent(error: Exception) -> bool:
+    """Say whether not a byte of a request was taken by the other side."""
+    if isinstance(error, aiohttp.ClientConnectionResetError):
+        return True
+    return isinstance(error, aiohttp.ClientOSError) and error.errno == errno.EPIPE
 
 
 # -- reading -----------------------------------------------------------------------------------------------

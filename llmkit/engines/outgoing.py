@@ -7,6 +7,7 @@ endpoints that are to be called without a key.
 from __future__ import annotations
 
 import ipaddress
+import os
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,7 @@ def _is_loopback(host: str) -> bool:
 def _is_exempt(host: str, port: int, rules: str) -> bool:
     for rule in filter(None, (part.strip().lower() for part in rules.split(","))):
         name = rule.removeprefix("*").removeprefix(".")  # of a domain, which stands for itself, too
+        name = name.replace("[", "").replace("]", "")  # of an IPv6 address
         if rule == "*" or name in (host, f"{host}:{port}") or (name and host.endswith(f".{name}")):
             return True
         if "/" in rule:
@@ -85,10 +87,16 @@ def trusted_certificates(environ: Mapping[str, str]) -> ssl.SSLContext:
         if name is None:
             return ssl.create_default_context()
         named = {name: environ[name]}
-    files = [path for path in named.values() if not Path(path).is_dir()]
-    folders = [path for path in named.values() if Path(path).is_dir()]
     try:
-        return ssl.create_default_context(cafile=files[0] if files else None, capath=folders[0] if folders else None)
+        context: ssl.SSLContext | None = None
+        places = [place for value in named.values() for place in value.split(os.pathsep) if place]
+        for place in [one for one in places if Path(one).exists()] or places:
+            file, folder = (None, place) if Path(place).is_dir() else (place, None)
+            if context is None:  # made with the first of them: without any it would trust the system's
+                context = ssl.create_default_context(cafile=file, capath=folder)
+            else:
+                context.load_verify_locations(cafile=file, capath=folder)
+        return context or ssl.create_default_context()
     except (OSError, ssl.SSLError) as error:
         raise UpstreamUnreachable(
             f"The certificates of {' and '.join(named)} cannot be read: {error.strerror or type(error).__name__}.",

@@ -28,7 +28,8 @@ from llmkit.errors import (
 MAX_ERROR_BYTES: Final = 64 << 10
 
 _CONTEXT_WORDS: Final = re.compile(
-    r"context[ _]length|maximum context|max_model_len|maximum model length|too many tokens|prompt is too long",
+    r"context[ _]length|maximum context|max_model_len|maximum model length|too many tokens|(prompt|input) is too long|"
+    r"context[ _]size|maximum number of tokens|`inputs` tokens \+ `max_new_tokens` must be",
     re.IGNORECASE,
 )
 _KEY_RUN: Final = 8
@@ -100,9 +101,10 @@ def refusal(endpoint: Endpoint, name: str, status: int, body: bytes, headers: Ma
         )
     said = redact(_message(body), endpoint.api_key)
     if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
-        if _CONTEXT_WORDS.search(said):
+        kind = " ".join(str(_fields(body).get(name)) for name in ("code", "type"))
+        if _CONTEXT_WORDS.search(said) or _CONTEXT_WORDS.search(kind[:200]):
             return ContextLengthExceeded(
-                said,
+                said or f"{name} says that the prompt is too long.",
                 param="prompt",
                 hint="Shorten the prompt, lower max_tokens, or load with a larger max_model_len.",
             )
@@ -128,7 +130,8 @@ def refusal(endpoint: Endpoint, name: str, status: int, body: bytes, headers: Ma
             f"{name} redirects elsewhere; redirects are not followed.",
             hint="Set base_url to the final address.",
         )
-    return UpstreamFailed(f"{name} failed ({status}): {said}"[:2000], hint="Send it again later.")
+    words = f": {said}" if said else "."
+    return UpstreamFailed(f"{name} failed ({status}){words}"[:2000], hint="Send it again later.")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -136,17 +139,18 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
     ``Retry-After`` is a number or a date (RFC 9110, section 10.2.3); OpenAI's ``retry-after-ms`` is finer.
     """
-    said = headers.get("Retry-After", "")
+    for name, scale in (("retry-after-ms", 1000.0), ("Retry-After", 1.0)):
+        try:
+            seconds = float(headers[name]) / scale
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(seconds) and seconds >= 0:
+            return min(seconds, _LONGEST_RETRY_SECONDS)
     try:
-        if milliseconds := headers.get("retry-after-ms"):
-            seconds = float(milliseconds) / 1000
-        elif said.strip().isdecimal():
-            seconds = float(said)
-        else:
-            seconds = parsedate_to_datetime(said).timestamp() - time.time()
+        seconds = parsedate_to_datetime(headers.get("Retry-After", "")).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
-    return min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS) if math.isfinite(seconds) else None
+    return min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
 
 
 def _object(body: bytes) -> dict[str, Any]:

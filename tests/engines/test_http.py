@@ -1108,3 +1108,84 @@ async def test_a_proxy_that_makes_no_tunnel_is_said_to_be_the_cause(status: str)
         with pytest.raises(UpstreamUnreachable, match="the proxy on the way to it refused"):
             await post(http)
     assert len(proxy.asked) == 1
+
+
+async def test_a_proxy_without_a_password_does_not_get_the_endpoints_key(certificates: Certificates) -> None:
+    async with (
+        RawUpstream(replies(answer()), tls=certificates.context()) as upstream,
+        RawUpstream(tunnel_to(upstream.port)) as proxy,
+    ):
+        trusted = ssl.create_default_context(cafile=certificates.authority)
+        more = {"OpenAI-Project": "proj-1"}
+        endpoint = Endpoint(f"https://{NAME}/v1", "m", api_key=KEY, proxy=proxy.origin, ssl=trusted, headers=more)
+        http = EngineHTTP(endpoint)
+        await http.json("POST", "/chat/completions", {})
+        await http.close()
+    assert KEY not in str(proxy.asked)
+    assert "proj-1" not in str(proxy.asked)
+
+
+async def test_a_proxy_of_http_does_not_get_the_key_as_its_own() -> None:
+    async with RawUpstream(replies(answer())) as proxy:
+        http = EngineHTTP(Endpoint(f"http://{NAME}/v1", "m", api_key=KEY, proxy=proxy.origin))
+        await http.json("POST", "/chat/completions", {})
+        await http.close()
+    assert "proxy-authorization" not in proxy.asked[0].headers
+
+
+async def test_a_kept_unix_connection_that_was_closed_is_replaced_where_no_byte_was_sent(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "engine"))
+        listener.listen()
+        listener.setblocking(False)
+
+        async def serve() -> socket.socket:
+            connection, _ = await loop.sock_accept(listener)
+            await loop.sock_recv(connection, 1 << 16)
+            await loop.sock_sendall(connection, answer())
+            return connection
+
+        http = EngineHTTP(Endpoint("http://engine/v1", "m", uds=tmp_path / "engine"))
+        _, first = await asyncio.gather(http.json("POST", "/x", {}), serve())
+        first.close()
+        serving = asyncio.create_task(serve())
+        try:
+            assert await http.json("POST", "/x", {}) == {}
+            (await serving).close()
+        finally:
+            serving.cancel()
+            await http.close()
+
+
+async def test_json_that_is_nested_too_deeply_is_none_of_a_status() -> None:
+    async with RawUpstream(replies(answer(b"[" * 100_000))) as upstream:
+        http = EngineHTTP(Endpoint(upstream.base_url, "m"))
+        try:
+            assert await http.status("/models") == (200, None)
+        finally:
+            await http.close()
+
+
+async def test_a_stream_that_ends_within_an_event_was_broken_off() -> None:
+    said = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + b'data: {"cho'
+
+    async def break_off(asked: Asked, peer: Peer) -> None:
+        await peer.send(said)
+        peer.close()
+
+    async with RawUpstream(break_off) as upstream:
+        http = EngineHTTP(Endpoint(upstream.base_url, "m"))
+        with pytest.raises(LLMKitError, match="before it was complete"):
+            [_ async for _ in http.events("/x", {})]
+        await http.close()
+
+
+async def test_a_refused_connection_is_told_in_plain_words() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        http = EngineHTTP(Endpoint(f"http://127.0.0.1:{held.getsockname()[1]}/v1", "m"))
+        with pytest.raises(LLMKitError) as caught:
+            await http.status("/models")
+        await http.close()
+    assert "('127.0.0.1'" not in caught.value.message

@@ -371,3 +371,13 @@ def test_neither_key_nor_proxy_is_shown_with_an_endpoint(context: EngineContext)
     assert engine.endpoint.proxy == "http://user:secret@proxy.test"
     assert "secret" not in repr(engine.endpoint)
     assert KEY not in repr(engine.endpoint)
+
+
+def test_an_address_of_ipv6_in_brackets_is_a_rule_too() -> None:
+    for rule in ("[fd00::1]", "[fd00::1]:8443"):
+        assert proxy_for("https://[fd00::1]:8443", {"https_proxy": "http://p.test", "no_proxy": rule}) is None
+
+
+def test_several_folders_of_certificates_may_be_named(certificates: Certificates, tmp_path: Path) -> None:
+    made = trusted_certificates({"SSL_CERT_DIR": f"{tmp_path}:{certificates.folder}"})
+    assert made is not None

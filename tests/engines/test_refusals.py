@@ -382,3 +382,39 @@ def test_a_date_is_as_far_as_it_is_from_now(seconds: int) -> None:
     found = retry_after({"Retry-After": date})
     assert found is not None
     assert min(seconds, 86_400) - 2 <= found <= min(seconds, 86_400)
+
+
+def of_api(status: int, body: bytes) -> LLMKitError:
+    return refusal(Endpoint("https://api.test/v1", "m"), "X", status, body, {})
+
+
+def test_a_time_in_milliseconds_that_is_nonsense_does_not_hide_a_good_one() -> None:
+    assert retry_after({"retry-after-ms": "soon", "Retry-After": "7"}) == 7
+
+
+def test_a_time_may_have_a_fraction() -> None:
+    assert retry_after({"Retry-After": "1.5"}) == 1.5
+
+
+def test_a_failure_without_words_ends_with_its_status() -> None:
+    assert of_api(500, b"").message == "X failed (500)."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        # Groq
+        {"message": "Please reduce the length of the messages.", "code": "context_length_exceeded"},
+        # llama.cpp
+        {"message": "request (5000 tokens) exceeds the available context size (4096 tokens)", "code": 400},
+        {"message": "too much", "type": "exceed_context_size_error"},
+        # TGI
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000",
+        # Gemini
+        {"message": "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576)."},
+        # Bedrock
+        {"message": "Input is too long for requested model."},
+    ],
+)
+def test_a_prompt_that_is_too_long_is_known_by_more_words(error: Any) -> None:
+    assert type(of_api(400, json.dumps({"error": error}).encode())) is ContextLengthExceeded
