@@ -144,8 +144,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = float(headers[name]) / scale
         except (KeyError, ValueError):
             continue
-        if math.isfinite(seconds) and seconds >= 0:
-            return min(seconds, _LONGEST_RETRY_SECONDS)
+        # Below nothing is now for OpenAI's own, and no number of seconds at all for the standard's.
+        if math.isfinite(seconds) and (seconds >= 0 or scale > 1):
+            return min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
     try:
         seconds = parsedate_to_datetime(headers.get("Retry-After", "")).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
