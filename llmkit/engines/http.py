@@ -234,7 +234,7 @@ class EngineHTTP:
         async with self.open(path, None if body is None else to_json(body), method=method) as response:
             await self.check_status(response)
             data = await _read(response, MAX_PARSED_BYTES, cut=False)
-            answer = await (asyncio.to_thread(_object, data) if len(data) > IN_THREAD_BYTES else _now(data))
+            answer = await asyncio.to_thread(_object, data) if len(data) > IN_THREAD_BYTES else _object(data)
             self._raise_error_in(answer, data)
             return answer
 
@@ -453,10 +453,6 @@ async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> b
                 break
             raise UpstreamFailed(f"The answer is larger than {limit >> 20} MiB.")
     return bytes(data[:limit])
-
-
-async def _now(data: bytes) -> dict[str, Any]:
-    return _object(data)
 
 
 def _parse(data: bytes) -> Any:

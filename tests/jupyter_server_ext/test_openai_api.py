@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -324,27 +326,33 @@ async def test_a_wrong_request_a_circle_and_a_missing_fallback_end_with_the_firs
     assert (await call("POST", CHAT, {**BODY, "model": "third"})).status == 502
 
 
+@asynccontextmanager
+async def begun(call: Any, configure: Any, scripted: ScriptedEngineType) -> AsyncIterator[asyncio.Task[Any]]:
+    """Make a request that an engine has begun, and will never answer; its model has a fallback."""
+    asked, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    async def never(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        loop.call_soon_threadsafe(asked.set)
+        await asyncio.sleep(60)
+        raise AssertionError("the request was not ended")
+
+    with MockUpstream() as slow:
+        scripted.base_url, slow.respond = slow.base_url, never
+        await loaded(call, configure, model_type="scripted", fallback="second")
+        await loaded(call, configure, model_id="second")
+        task = asyncio.create_task(call("POST", CHAT, BODY))
+        await asyncio.wait_for(asked.wait(), 10)
+        yield task
+        task.cancel()
+
+
 async def test_a_crash_in_the_middle_of_a_request_goes_to_the_fallback(
     call: Any, configure: Any, upstream: MockUpstream, scripted: ScriptedEngineType
 ) -> None:
-    asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    with MockUpstream() as slow:
-        scripted.base_url = slow.base_url
-
-        async def never(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-            loop.call_soon_threadsafe(asked.set)
-            await asyncio.sleep(60)
-            raise AssertionError("the request was not ended")
-
-        slow.respond = never
-        await loaded(call, configure, model_type="scripted", fallback="second")
-        await loaded(call, configure, model_id="second")
-        asking = asyncio.create_task(call("POST", CHAT, BODY))
-        await asyncio.wait_for(asked.wait(), 10)
+    async with begun(call, configure, scripted) as asking:
         scripted.engines[0].ended.set()
         answer = await asyncio.wait_for(asking, 10)
-        assert (answer.status, answer.headers["X-LLMKit-Model"]) == (200, "second")
+    assert (answer.status, answer.headers["X-LLMKit-Model"]) == (200, "second")
 
 
 async def test_an_endpoint_that_knows_no_stream_options_still_streams(
@@ -413,29 +421,15 @@ async def test_a_client_cannot_switch_off_the_counting_of_tokens(
 async def test_who_cancels_while_the_engine_crashes_gets_no_answer_of_a_fallback(
     call: Any, configure: Any, upstream: MockUpstream, scripted: ScriptedEngineType
 ) -> None:
-    asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    with MockUpstream() as slow:
-        scripted.base_url = slow.base_url
-
-        async def never(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-            loop.call_soon_threadsafe(asked.set)
-            await asyncio.sleep(60)
-            raise AssertionError("the request was not ended")
-
-        slow.respond = never
-        await loaded(call, configure, model_type="scripted", fallback="second")
-        await loaded(call, configure, model_id="second")
+    async with begun(call, configure, scripted) as asking:
         before = len(upstream.requests)
-        asking = asyncio.create_task(call("POST", CHAT, BODY))
-        await asyncio.wait_for(asked.wait(), 10)
         (running,) = (await call("GET", "llm/requests")).json["running"]
         scripted.engines[0].ended.set()
         assert (await call("DELETE", f"llm/inference/{running['request_id']}")).status in (200, 404)
         answer = await asyncio.wait_for(asking, 10)
-        if answer.status != 200:  # the cancellation came first, or with the crash
-            assert answer.json["error"]["code"] == "request_cancelled"
-            assert len(upstream.requests) == before
+    if answer.status != 200:  # the cancellation came first, or with the crash
+        assert answer.json["error"]["code"] == "request_cancelled"
+        assert len(upstream.requests) == before
 
 
 @pytest.mark.parametrize("value", ["sk-1234567890abcdef", "caf\u00e9", "x" * 1000])
