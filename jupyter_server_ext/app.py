@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import os
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -28,6 +31,8 @@ MODEL_EVENT = "https://llmkit.org/events/model/v1"
 DEFAULT_PORT = 8105
 RETRY_SECONDS = 2.0
 STOP_SECONDS = 14.0
+M_MMAP_THRESHOLD = -3
+"""Of ``malloc.h``."""
 
 
 class LLMKitApp(ExtensionApp):
@@ -151,6 +156,7 @@ class LLMKitApp(ExtensionApp):
         if not gc.get_freeze_count():  # once a process, which may start more than one server
             gc.collect()
             gc.freeze()
+            _give_large_memory_back()
 
     async def ready(self) -> ModelRegistry:
         """Give the registry, started at the first call.
@@ -258,6 +264,17 @@ class LLMKitApp(ExtensionApp):
         print(
             f"\nllmkit serves {server.base_url}llm on port {server.port}. Try:\n\n    curl {header}{url}\n", flush=True
         )
+
+
+def _give_large_memory_back() -> None:
+    """Let what is larger than a megabyte go back to the system as soon as it is done with.
+
+    Of itself glibc learns from large blocks to keep up to 64 MiB of them for later (mallopt(3), M_MMAP_THRESHOLD), and
+    some answers of many megabytes teach it that.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 main = LLMKitApp.launch_instance

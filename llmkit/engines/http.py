@@ -32,8 +32,8 @@ from llmkit.errors import EngineGone, LLMKitError, TimedOut, UpstreamFailed, Ups
 MAX_ANSWER_BYTES: Final = 64 << 20
 MAX_PARSED_BYTES: Final = 8 << 20
 """Of an answer that is not only passed on."""
-MAX_CONTAINERS: Final = 300_000
-"""Lists and objects in it; an answer of 4,000 tokens with 20 log probabilities each has about half as many."""
+MAX_CONTAINERS: Final = 200_000
+"""Lists and objects in it; an answer of 4,000 tokens with 20 log probabilities each has nearly as many."""
 IN_THREAD_BYTES: Final = 256 << 10
 """What is longer is parsed beside the event loop."""
 MAX_PIECE_BYTES: Final = 256 << 10
@@ -134,6 +134,7 @@ class EngineHTTP:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=endpoint.timeout),
         )
         self._urls: dict[str, URL] = {}
+        self._parsing = asyncio.Lock()
 
     async def close(self) -> None:
         """Close every connection."""
@@ -234,7 +235,11 @@ class EngineHTTP:
         async with self.open(path, None if body is None else to_json(body), method=method) as response:
             await self.check_status(response)
             data = await _read(response, MAX_PARSED_BYTES, cut=False)
-            answer = await asyncio.to_thread(_object, data) if len(data) > IN_THREAD_BYTES else _object(data)
+            if len(data) <= IN_THREAD_BYTES:
+                answer = _object(data)
+            else:
+                async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
+                    answer = await asyncio.to_thread(_object, data)
             self._raise_error_in(answer, data)
             return answer
 
