@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -200,7 +200,7 @@ def test_an_answer_follows_a_json_schema(real: Target) -> None:
         assert json.loads(created.choices[0].message.content or "")["city"] in ("Paris", "Rome")
 
     class Capital(BaseModel):
-        city: str
+        city: Literal["Paris", "Rome"]
 
     chat = real.chat_openai(max_tokens=100, logit_bias=_no_space(real))
     found = chat.with_structured_output(Capital, method="json_schema").invoke(QUESTION)

@@ -78,9 +78,8 @@ async def test_the_demo_model_answers_and_stop_leaves_nothing(make: Make) -> Non
     body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 50}
     answer = await http.json("POST", "/chat/completions", body)
     assert answer["choices"][0]["message"]["content"] == ANSWER
-    deltas = [
-        event["choices"][0]["delta"] async for event in http.events("/chat/completions", {**body, "stream": True})
-    ]
+    streamed = http.events("/chat/completions", {**body, "stream": True})
+    deltas = [event["choices"][0]["delta"] async for events in streamed for event in events]
     assert "".join(delta.get("content") or "" for delta in deltas) == ANSWER
     await http.close()
 
