@@ -234,14 +234,17 @@ class EngineHTTP:
         """
         async with self.open(path, None if body is None else to_json(body), method=method) as response:
             await self.check_status(response)
-            data = await _read(response, MAX_PARSED_BYTES, cut=False)
-            if len(data) <= IN_THREAD_BYTES:
-                answer = _object(data)
-            else:
-                async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
-                    answer = await asyncio.to_thread(_object, data)
-            self._raise_error_in(answer, data)
-            return answer
+            return await self._read_object(response)
+
+    async def _read_object(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
+        data = await _read(response, MAX_PARSED_BYTES, cut=False)
+        if len(data) <= IN_THREAD_BYTES:
+            answer = _object(data)
+        else:
+            async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
+                answer = await asyncio.to_thread(_object, data)
+        self._raise_error_in(answer, data)
+        return answer
 
     async def status(self, path: str) -> tuple[int, Any]:
         """Send a GET and give its status with its JSON, or None where that is not JSON."""
@@ -265,9 +268,7 @@ class EngineHTTP:
             await self.check_status(response)
             kind = response.headers.get("Content-Type", "")
             if "json" in kind:  # an endpoint that does not stream
-                answer = _object(await _read(response, MAX_PARSED_BYTES, cut=False))
-                self._raise_error_in(answer, to_json(answer))
-                yield [answer]
+                yield [await self._read_object(response)]
                 return
             if kind.startswith("text/html"):
                 raise UpstreamFailed(
@@ -316,9 +317,13 @@ class EngineHTTP:
         """Raise the error that some endpoints send with status 200."""
         error = answer.get("error")
         if error:
-            code = error.get("code") if isinstance(error, dict) else None
-            known = isinstance(code, int) and HTTPStatus.BAD_REQUEST <= code < 600
-            raise self.refusal(code if isinstance(code, int) and known else HTTPStatus.BAD_GATEWAY, data)
+            raise self.error_of(error, data)
+
+    def error_of(self, error: Any, data: bytes) -> LLMKitError:
+        """Give the error that an answer tells within itself: its own status counts, if it is one of an error."""
+        code = error.get("code") if isinstance(error, dict) else None
+        known = isinstance(code, int) and HTTPStatus.BAD_REQUEST <= code < 600
+        return self.refusal(code if isinstance(code, int) and known else HTTPStatus.BAD_GATEWAY, data)
 
     # -- failures ------------------------------------------------------------------------------------------
 

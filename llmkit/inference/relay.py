@@ -234,10 +234,7 @@ class StreamRelay:
             return True
         error, kind = told.get("error"), told.get("type")
         if error or kind == "error":
-            code = error.get("code") if isinstance(error, dict) else None
-            if not (isinstance(code, int) and HTTPStatus.BAD_REQUEST <= code < 600):
-                code = HTTPStatus.BAD_GATEWAY
-            self.failure = self._http.refusal(code, data)
+            self.failure = self._http.error_of(error, data)
             return False
         running = self._running
         if running.first_token is None and has_token(told):

@@ -28,6 +28,10 @@ MAX_QUEUED = 256
 BATCH = 300
 """So many of a batch run and wait without a refusal: some places are kept free for people."""
 PEOPLE = scaled(3)
+PERSON_SECONDS = 0.1
+"""So long takes the answer to a person: what of a batch ends meanwhile says nothing about the queue."""
+MOST_OVERTAKING = MAX_IN_FLIGHT
+"""So many can have begun before a person asked, and so may end before."""
 
 
 def test_r17_many_streams_at_once_lose_double_and_mix_nothing() -> None:
@@ -142,9 +146,9 @@ def test_r17_a_person_is_answered_before_most_of_a_running_batch() -> None:
         places = [asyncio.run(person_in_a_batch(running)) for _ in range(PEOPLE)]
     told = ", ".join(f"asked after {asked}, was answer {place}" for asked, place in places)
     print(f"\nR17: a person in a batch of {BATCH}: {told}")
-    # In the order of arrival it would be the last. How many are answered meanwhile depends on how busy the machine is.
-    asked, place = min(places, key=lambda one: one[1] - one[0])
-    assert place - asked <= (BATCH - asked) / 2
+    for asked, place in places:
+        assert place <= BATCH / 2
+        assert place - asked <= MOST_OVERTAKING
 
 
 async def person_in_a_batch(running: Relayed) -> tuple[int, int]:
@@ -158,8 +162,8 @@ async def person_in_a_batch(running: Relayed) -> tuple[int, int]:
     answered: list[str] = []
     some = asyncio.Event()
 
-    async def ask(client: aiohttp.ClientSession, priority: str) -> None:
-        body = body_of("v1", prompt("plain", pause=f"{random.uniform(0.1, 0.5):.3f}"), stream=False)
+    async def ask(client: aiohttp.ClientSession, priority: str, seconds: float) -> None:
+        body = body_of("v1", prompt("plain", pause=f"{seconds:.3f}"), stream=False)
         async with client.post(running.url(PATHS["v1"]), json=body, headers={"X-LLMKit-Priority": priority}) as answer:
             assert answer.status == 200, await answer.text()
             answered.append(priority)
@@ -167,9 +171,9 @@ async def person_in_a_batch(running: Relayed) -> tuple[int, int]:
             some.set()
 
     async with running.session() as client:
-        batch = [asyncio.create_task(ask(client, "batch")) for _ in range(BATCH)]
+        batch = [asyncio.create_task(ask(client, "batch", random.uniform(0.1, 0.5))) for _ in range(BATCH)]
         await asyncio.wait_for(some.wait(), 30)
         asked = len(answered)
-        await ask(client, "interactive")
+        await ask(client, "interactive", PERSON_SECONDS)
         await asyncio.gather(*batch)
     return asked, answered.index("interactive") + 1
