@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import traceback
@@ -13,6 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
 from jupyter_server.extension.handler import ExtensionHandlerMixin
+from jupyter_server.prometheus.log_functions import prometheus_log_method
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 from tornado import web
@@ -188,6 +190,13 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
             return errors.MalformedRequest("The request could not be read.")
         return LLMKitError("The server failed on this request.", hint="The server's log says more.")
 
+    def _log(self) -> None:
+        """Log the request, but for one that went well where nobody reads of those: Jupyter would write it first."""
+        if self.get_status() < HTTPStatus.MULTIPLE_CHOICES and not _is_read(self.log, logging.DEBUG):
+            prometheus_log_method(self)  # all else that Jupyter's log does
+        else:
+            super()._log()
+
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """Log what nobody expected; what was expected is the client's to read."""
         if not isinstance(value, LLMKitError | web.HTTPError):
@@ -209,6 +218,16 @@ class UnknownPathHandler(LLMHandler):
 
     # The one exception to a decorated method a handler: the same class, action and resource.
     post = put = delete = patch = get
+
+
+def _is_read(logger: logging.Logger, level: int) -> bool:
+    """Say whether a handler takes what is logged at a level; Jupyter's loggers let all through to them."""
+    at: logging.Logger | None = logger if logger.isEnabledFor(level) else None
+    while at is not None:
+        if any(handler.level <= level for handler in at.handlers):
+            return True
+        at = at.parent if at.propagate else None
+    return False
 
 
 def _parse(body: bytes, max_values: int, model: type[M]) -> M:

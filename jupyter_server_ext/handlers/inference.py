@@ -8,7 +8,7 @@ from jupyter_server.auth.decorator import authorized
 from tornado import web
 
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
-from jupyter_server_ext.handlers.streaming import StreamHandler
+from jupyter_server_ext.handlers.streaming import StreamHandler, events_of
 from llmkit.errors import MalformedRequest
 from llmkit.inference.running import Running
 from llmkit.registry.requests import Requests
@@ -81,13 +81,12 @@ class InferenceHandler(AskingHandler):
 
         try:
             answer = await requests.infer(request, send, priority=priority, known=known)
-            await send(_plain(answer))
-            await self.write_now(b"data: [DONE]\n\n")
+            self.name_model()
+            await self.write_now(events_of(_plain(answer)) + b"data: [DONE]\n\n", is_last=True)
         except Exception as raised:
             if not self._headers_written:
                 raise
             await self.fail(raised)
-        await self.end()
 
 
 def _plain(answer: Any) -> dict[str, Any]:

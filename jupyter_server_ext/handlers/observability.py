@@ -65,7 +65,7 @@ class LogsHandler(StreamHandler):
         async with contextlib.aclosing(registry.follow_log(model_id, tail)) as follower:
             async for lines in follower:
                 await self.send(*({"line": line} for line in lines))
-        await self.end()
+        await self.write_now(b"", is_last=True)
 
 
 class EngineMetricsHandler(StreamHandler):

@@ -39,9 +39,9 @@ class OpenAIHandler(AskingHandler):
         def known(running: Running) -> None:
             self.introduce(requests, running)
 
-        async def write(events: bytes) -> None:
+        async def write(events: bytes, is_last: bool) -> None:
             self.name_model()
-            await self.write_now(events)
+            await self.write_now(events, is_last)
 
         try:
             answer = await requests.relay(api, body, write, priority=priority, headers=headers or None, known=known)
@@ -49,16 +49,14 @@ class OpenAIHandler(AskingHandler):
             if not self._headers_written:
                 raise
             await self.fail(raised)
-            answer = None
+            return
         if answer is None:
-            await self.end()
             return
         if self._headers_written:  # a heartbeat was quicker than an answer that is no stream
             if answer.status >= HTTPStatus.BAD_REQUEST and b'"error"' not in answer.body:
                 await self.fail(EngineRefused(answer.body.decode("utf-8", "replace")))
             else:
-                await self.write_now(b"data: " + b" ".join(answer.body.splitlines()) + b"\n\n")
-            await self.end()
+                await self.write_now(b"data: " + b" ".join(answer.body.splitlines()) + b"\n\n", is_last=True)
             return
         self.name_model()
         for name, value in answer.headers.items():

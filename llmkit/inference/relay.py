@@ -6,6 +6,7 @@ seen, and where it carries usage, an error or the end: a relay that parses each 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -21,7 +22,7 @@ from llmkit.engines.http import EngineHTTP, finish_reading, read_start, read_who
 from llmkit.engines.refusals import MAX_ERROR_BYTES, is_missing_path, passes_unchanged, redact, redact_all
 from llmkit.engines.sse import DONE, EventCutter, data_of
 from llmkit.errors import EngineGone, LLMKitError, NotSupported, UpstreamFailed
-from llmkit.inference.openai_api import Call
+from llmkit.inference.openai_api import PATHS, Call
 from llmkit.inference.running import Running, read_usage
 from llmkit.schemas import Usage
 
@@ -38,17 +39,21 @@ PASSED_HEADERS: Final = (
 
 _ENDS: Final = ("response.completed", "response.failed", "response.incomplete")
 # A quote within a JSON string is escaped, so that none of these but the first can stand in the words of a model.
-_WORDS: Final = (DONE, b'"usage"', b'"error"', *(f'"{end}"'.encode() for end in _ENDS))
-"""One of these is in every event that has to be looked at."""
 _USAGE_WORD: Final = b'"usage"'
+_WORDS: Final = (DONE, _USAGE_WORD, b'"error"')
+"""One of these is in every event that has to be looked at, or of the next ones."""
+_WORDS_OF_RESPONSES: Final = (*_WORDS, *(f'"{end}"'.encode() for end in _ENDS))
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+GATHER_SECONDS: Final = 0.001
+"""What comes sooner after a write waits so long for more: a write costs as much as many short events."""
 _LONGEST_USAGE: Final = 4096
 _LONGEST_PARSED: Final = 256 << 10
 _HEAD_BYTES: Final = 256
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]{1,200}")
 _DECODER: Final = json.JSONDecoder()
 
-Write = Callable[[bytes], Awaitable[None]]
+Write = Callable[[bytes, bool], Awaitable[None]]
+"""Takes whole events of a stream, and whether they are the last ones; awaited before more is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ async def relay(
     running
         What is noted of it: first token, usage.
     write
-        Takes whole events of a stream, and is awaited before more is read.
+        Hands a stream on.
     headers
         Of the client's request, those that the engine may see.
 
@@ -113,15 +118,20 @@ async def relay(
 async def _relay_stream(
     http: EngineHTTP, call: Call, running: Running, write: Write, response: aiohttp.ClientResponse
 ) -> None:
-    relaying = StreamRelay(http, running, wants_usage=call.wants_usage)
-    content = response.content
+    relaying = StreamRelay(http, running, call)
+    content, written_at = response.content, 0.0
     while not relaying.ended:
         is_over = content.at_eof()
-        events = relaying.end() if is_over else relaying.take(await content.readany())
+        part = b"" if is_over else await content.readany()
+        if time.monotonic() < written_at + GATHER_SECONDS and not content.is_eof():
+            await asyncio.sleep(GATHER_SECONDS)
+            part += content.read_nowait()
+        events = relaying.end() if is_over else relaying.take(part)
         if events:
             running.answering = True
             running.keep(events)
-            await write(events)
+            await write(events, relaying.ended)
+            written_at = time.monotonic()
         if relaying.failure is not None:
             raise relaying.failure
         if is_over and not relaying.ended:
@@ -179,12 +189,13 @@ class StreamRelay:
         What an event has told instead of going on with the answer.
     """
 
-    __slots__ = ("_cutter", "_http", "_running", "_wants_usage", "ended", "failure")
+    __slots__ = ("_cutter", "_http", "_running", "_wants_usage", "_words", "ended", "failure")
 
-    def __init__(self, http: EngineHTTP, running: Running, *, wants_usage: bool) -> None:
+    def __init__(self, http: EngineHTTP, running: Running, call: Call) -> None:
         self._http = http
         self._running = running
-        self._wants_usage = wants_usage
+        self._wants_usage = call.wants_usage
+        self._words = _WORDS_OF_RESPONSES if call.path == PATHS["responses"] else _WORDS
         self._cutter = EventCutter()
         self.ended = False
         self.failure: LLMKitError | None = None
@@ -200,7 +211,10 @@ class StreamRelay:
     def _look_at(self, events: bytes) -> bytes:
         if b"\r" in events:
             events = events.replace(b"\r\n", b"\n")
-        notable = _Notable(events)
+        found = {word: place for word in self._words if (place := events.find(word)) >= 0}
+        if not found and self._running.first_token is not None:
+            return events
+        notable = _Notable(events, found)
         kept, at = [], 0
         while at < len(events) and not self.ended and self.failure is None:
             if self._running.first_token is not None:
@@ -261,9 +275,9 @@ class _Notable:
 
     __slots__ = ("_events", "_found")
 
-    def __init__(self, events: bytes) -> None:
+    def __init__(self, events: bytes, found: dict[bytes, int]) -> None:
         self._events = events
-        self._found = {word: found for word in _WORDS if (found := events.find(word)) >= 0}
+        self._found = found
 
     def next_event(self, at: int) -> int:
         """Give where the next one begins, from ``at`` on, or the end if there is none; ``at`` must not go back."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llmkit.engines.base import Endpoint
 from llmkit.engines.http import EngineHTTP
 from llmkit.errors import EngineRefused, RateLimited, UpstreamFailed
+from llmkit.inference.openai_api import Call
 from llmkit.inference.relay import StreamRelay, find_usage, has_token
 from llmkit.inference.running import Running
 from llmkit.schemas import Usage
@@ -43,7 +44,8 @@ class OfNobody(EngineHTTP):
 
 def relay_of(*, wants_usage: bool = False, key: str | None = None) -> tuple[StreamRelay, Running]:
     running = Running("m", "chat/completions", task=None)
-    return StreamRelay(OfNobody(key), running, wants_usage=wants_usage), running
+    call = Call("/chat/completions", b"{}", stream=True, wants_usage=wants_usage)
+    return StreamRelay(OfNobody(key), running, call), running
 
 
 @pytest.mark.parametrize("spaced", [True, False])
