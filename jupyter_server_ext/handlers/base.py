@@ -193,7 +193,7 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     def _log(self) -> None:
         """Log the request, but for one that went well where nobody reads of those: Jupyter would write it first."""
         if self.get_status() < HTTPStatus.MULTIPLE_CHOICES and not _is_read(self.log, logging.DEBUG):
-            prometheus_log_method(self)  # all else that Jupyter's log does
+            prometheus_log_method(self)  # type: ignore[no-untyped-call]  # all else that Jupyter's log does
         else:
             super()._log()
 

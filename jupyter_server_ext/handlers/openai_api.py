@@ -39,9 +39,9 @@ class OpenAIHandler(AskingHandler):
         def known(running: Running) -> None:
             self.introduce(requests, running)
 
-        async def write(events: bytes, is_last: bool) -> None:
+        async def write(events: bytes, *, is_last: bool) -> None:
             self.name_model()
-            await self.write_now(events, is_last)
+            await self.write_now(events, is_last=is_last)
 
         try:
             answer = await requests.relay(api, body, write, priority=priority, headers=headers or None, known=known)

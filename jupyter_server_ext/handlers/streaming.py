@@ -78,7 +78,7 @@ class StreamHandler(LLMHandler):
         """Write JSON values as events; raises as `write_now`."""
         await self.write_now(events_of(*frames))
 
-    async def write_now(self, data: bytes, is_last: bool = False) -> None:
+    async def write_now(self, data: bytes, *, is_last: bool = False) -> None:
         """Write whole events, and wait until the client has taken them; the last ones end the stream.
 
         Raises
@@ -169,7 +169,7 @@ def _send_at_once(stream: iostream.IOStream) -> None:
     stream.set_nodelay = _leave  # type: ignore[method-assign]
 
 
-def _leave(_: bool) -> None:
+def _leave(value: object) -> None:
     """Leave Nagle's algorithm as it is."""
 
 

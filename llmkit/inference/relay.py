@@ -10,10 +10,10 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import aiohttp
 from pydantic_core import to_json
@@ -52,8 +52,12 @@ _HEAD_BYTES: Final = 256
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]{1,200}")
 _DECODER: Final = json.JSONDecoder()
 
-Write = Callable[[bytes, bool], Awaitable[None]]
-"""Takes whole events of a stream, and whether they are the last ones; awaited before more is read."""
+
+class Write(Protocol):
+    """Hands whole events of a stream on, and is awaited before more is read."""
+
+    async def __call__(self, events: bytes, *, is_last: bool) -> None:
+        """Hand them on; ``is_last`` if nothing follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ async def _relay_stream(
         if events:
             running.answering = True
             running.keep(events)
-            await write(events, relaying.ended)
+            await write(events, is_last=relaying.ended)
             written_at = time.monotonic()
         if relaying.failure is not None:
             raise relaying.failure

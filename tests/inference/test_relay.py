@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_upstream import END_OF_CHUNKS, Asked, Peer, RawUpstream, stream_head
+from raw_upstream import chunk as as_chunk
 
 from llmkit.engines.base import Endpoint
 from llmkit.engines.http import EngineHTTP
 from llmkit.errors import EngineRefused, RateLimited, UpstreamFailed
+from llmkit.inference import relay as module
 from llmkit.inference.openai_api import Call
-from llmkit.inference.relay import StreamRelay, find_usage, has_token
+from llmkit.inference.relay import StreamRelay, find_usage, has_token, relay
 from llmkit.inference.running import Running
 from llmkit.schemas import Usage
 
@@ -255,3 +259,35 @@ def test_usage_of_any_bytes_is_no_error(body: bytes) -> None:
 )
 def test_what_counts_as_a_token(told: dict[str, Any], expected: bool) -> None:
     assert has_token(told) is expected
+
+
+@pytest.mark.parametrize(("gather", "pieces"), [(0.0, 4), (0.6, 2)])
+async def test_the_first_event_goes_at_once_and_what_follows_at_once_goes_together(
+    monkeypatch: pytest.MonkeyPatch, gather: float, pieces: int
+) -> None:
+    monkeypatch.setattr(module, "GATHER_SECONDS", gather)
+    token = frame(chunk("a"))
+
+    async def one_by_one(asked: Asked, peer: Peer) -> None:
+        del asked
+        await peer.send(stream_head())
+        for part in (token, token, token, DONE):
+            await peer.send(as_chunk(part))
+            await asyncio.sleep(0.1)
+        await peer.send(END_OF_CHUNKS)
+
+    written: list[tuple[bytes, bool]] = []
+
+    async def write(events: bytes, *, is_last: bool) -> None:
+        written.append((events, is_last))
+
+    async with RawUpstream(one_by_one) as upstream:
+        http = EngineHTTP(Endpoint(base_url=upstream.base_url, model="m"))
+        try:
+            call = Call("/chat/completions", b"{}", stream=True)
+            assert await relay(http, call, Running("m", "chat/completions", stream=True), write) is None
+        finally:
+            await http.close()
+    assert written[0] == (token, False)
+    assert b"".join(events for events, _ in written) == token * 3 + DONE
+    assert [is_last for _, is_last in written] == [False] * (pieces - 1) + [True]
