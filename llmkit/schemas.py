@@ -329,6 +329,8 @@ class RAMDevice(Wire):
     """What can be had without ending anything: memory that merely caches files counts as free."""
     limited_by: Literal["machine", "cgroup"]
     shares: list[Share] = []
+    standby_bytes: int | None = None
+    """Held by what was made ready for the next load; None if there is nothing."""
 
 
 class GPUDevice(Wire):

@@ -135,6 +135,8 @@ class JupyterServer:
         Where configurations lie; by default an empty folder of its own.
     port
         Where it listens, also after a restart; by default on any free port, each time another.
+    standby
+        As the trait of `LLMKitApp`; off, so that tests do not import vLLM beside each other.
 
     Attributes
     ----------
@@ -156,8 +158,10 @@ class JupyterServer:
         root_dir: Path | None = None,
         state_dir: Path | None = None,
         port: int = 0,
+        standby: Literal["auto", "on", "off"] = "off",
     ) -> None:
         self.app = app
+        self.standby = standby
         self.port = port
         self.base_url = base_url
         self.args = list(args)
@@ -211,6 +215,7 @@ class JupyterServer:
             "--no-browser",
             f"--ServerApp.base_url={self.base_url}",
             f"--ServerApp.root_dir={self.root_dir}",
+            f"--LLMKitApp.standby={self.standby}",
             *(["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),
             *self.args,
         ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from ssl import SSLContext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
@@ -72,6 +72,8 @@ class LoadProgress:
     fraction: float | None = None
     step: str | None = None
     download: Download | None = None
+    launch: str | None = None
+    """How the engine was started, where there are several ways; said once."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,31 @@ class EngineType(Protocol):
 
     def create(self, configuration: Configuration, context: EngineContext) -> Engine:
         """Make the engine of one load."""
+        ...
+
+
+@runtime_checkable
+class PreparedType(EngineType, Protocol):
+    """An engine type whose loads are quicker if something was made ready before them."""
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is something for the next load, ready or on its way."""
+        ...
+
+    async def prepare(self, configuration: Configuration, run_dir: Path, logger: logging.Logger) -> bool:
+        """Have something ready for the next load, best of all for that of a configuration; say whether there is.
+
+        Returns before it is ready. ``run_dir`` is a folder that does not exist yet; it is used if something is made.
+        """
+        ...
+
+    async def put_away(self) -> None:
+        """Give back what was made ready and not used, with all that it holds. Idempotent, bounded at 10 s."""
+        ...
+
+    async def prepared_bytes(self) -> int | None:
+        """Measure the main memory that what was made ready holds; None if there is nothing."""
         ...
 
 

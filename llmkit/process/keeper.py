@@ -112,8 +112,7 @@ class KeptProcess:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._make_run_dir()
-        self._log_file.unlink(missing_ok=True)
-        log = os.open(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        log = make_log(self._log_file)
         try:
             program = [sys.executable, "-I", "-S", guardian.__file__]
             return subprocess.Popen(  # noqa: S603  # no shell; the engine type made the command
@@ -222,6 +221,12 @@ class KeptProcess:
     async def cpu_seconds(self) -> float:
         """Add up the processor time that the whole tree has used."""
         return await asyncio.to_thread(_cpu_seconds, self.guardian_pid) if self.guardian_pid else 0.0
+
+
+def make_log(path: Path) -> int:
+    """Make the file of a log, in the place of an earlier one, and give it open for appending. Blocks."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
 
 
 def _be_nice(process: Process, niceness: int) -> None:

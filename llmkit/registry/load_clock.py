@@ -20,6 +20,7 @@ class LoadClock:
         self._asked = self._started = time.monotonic()
         self._steps: dict[str, float] = {}
         self._step: str | None = None
+        self._launch: str | None = None
         self._downloading_since: float | None = None
         self._download_seconds = 0.0
 
@@ -45,6 +46,7 @@ class LoadClock:
 
     def take(self, progress: LoadProgress) -> None:
         """Take what the engine says."""
+        self._launch = progress.launch or self._launch
         self.download = progress.download if progress.phase == "downloading" else None
         if (progress.phase == "downloading") != (self._downloading_since is not None):
             now = time.monotonic()
@@ -70,4 +72,5 @@ class LoadClock:
 
     def record(self, memory: Memory) -> LoadRecord:
         """Give what the next load can learn of this one."""
-        return LoadRecord(round(self._working_seconds(), 3), self._steps, memory.pss_bytes, memory.gpu_bytes)
+        seconds = round(self._working_seconds(), 3)
+        return LoadRecord(seconds, self._steps, memory.pss_bytes, memory.gpu_bytes, self._launch)

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -69,6 +69,7 @@ class Loader:
         devices: Devices | None = None,
         *,
         engine_niceness: int | None = None,
+        standby_bytes: Callable[[], Awaitable[int | None]],
     ) -> None:
         self.devices = devices or Devices()
         self.placement = Placement(self.devices, run_dir.parent / "gpus")
@@ -78,6 +79,7 @@ class Loader:
         self._max_loaded_models = max_loaded_models
         self._stall_seconds = stall_seconds
         self._engine_niceness = engine_niceness
+        self._standby_bytes = standby_bytes
         self._log = logger
         self._loads: dict[str, _Load] = {}
         self._local: set[str] = set()
@@ -253,7 +255,8 @@ class Loader:
             devices = await asyncio.to_thread(self.devices.read)
             reserved = await asyncio.to_thread(self.placement.reservations)
             return {g.index: max(0, g.free_bytes - reserved.get(g.index, 0)) for g in devices.gpus} or None
-        free = await asyncio.to_thread(self.devices.free_ram)
+        # What was made ready becomes a part of the engine, or goes.
+        free = await asyncio.to_thread(self.devices.free_ram) + (await self._standby_bytes() or 0)
         for load in list(self._loads.values()):
             if load.estimate.device == "cpu" and load.estimate.total_bytes:
                 held = (await load.engine.memory()).pss_bytes if load.engine else None

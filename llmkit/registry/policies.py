@@ -172,6 +172,8 @@ class LoadRecord:
     steps: dict[str, float] = field(default_factory=dict)
     pss_bytes: int | None = None
     gpu_bytes: int | None = None
+    launch: str | None = None
+    """As in `LoadProgress`."""
 
 
 def forecast(

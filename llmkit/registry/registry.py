@@ -33,6 +33,7 @@ from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
+from llmkit.registry.readiness import Mode, Readiness
 from llmkit.registry.requests import Requests, no_engine_here
 from llmkit.registry.secrets import KeyPolicy
 from llmkit.schemas import (
@@ -68,6 +69,7 @@ class Settings:
     max_idle_ttl: float | None = None
     stall_seconds: float = STALL_SECONDS
     engine_niceness: int | None = None
+    standby: Mode = "off"
     record_bodies: bool = False
     max_record_bytes: int = 64 << 20
     url: str = ""
@@ -116,6 +118,17 @@ class ModelRegistry:
             settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ, settings.url
         )
         self._models: dict[str, Model] = {}
+        devices = devices or Devices()
+        self._readiness = Readiness(
+            settings.standby,
+            self.engine_types,
+            self._models.values,
+            self.busy,
+            settings.run_dir,
+            devices,
+            logger,
+            environ,
+        )
         self._loader = Loader(
             self._stored,
             lambda: [*self._models.values(), *self._deleting],
@@ -125,6 +138,7 @@ class ModelRegistry:
             logger,
             devices,
             engine_niceness=settings.engine_niceness,
+            standby_bytes=self._readiness.held_bytes,
         )
         self._deleting: set[Model] = set()
         self._metrics = Metrics(lambda: [model.snapshot() for model in self._models.values()])
@@ -168,6 +182,7 @@ class ModelRegistry:
         self._metrics.show()
         self._spawn(self._follow_other_servers())
         self._spawn(self._expire())
+        self._spawn(self._readiness.watch())
 
     async def close(self) -> None:
         """Unload every model and end every task. Idempotent, bounded, raises nothing."""
@@ -185,6 +200,7 @@ class ModelRegistry:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._readiness.close()
         self._metrics.hide()
         await self._history.close()
         await self._stored.close()
@@ -224,6 +240,7 @@ class ModelRegistry:
             for name, memory in memories.items()
             if memory.pss_bytes is not None or name in here
         ]
+        devices.ram.standby_bytes = await self._readiness.held_bytes()
         reserved = await asyncio.to_thread(self._loader.placement.reservations)
         for gpu in devices.gpus:
             gpu.reserved_bytes = reserved.get(gpu.index, 0)

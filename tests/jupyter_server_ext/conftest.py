@@ -48,7 +48,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngineType:
 
 @pytest.fixture
 def jp_server_config() -> dict[str, Any]:
-    return {"ServerApp": {"jpserver_extensions": {"jupyter_server_ext": True}}}
+    return {"ServerApp": {"jpserver_extensions": {"jupyter_server_ext": True}}, "LLMKitApp": {"standby": "off"}}
 
 
 @pytest.fixture

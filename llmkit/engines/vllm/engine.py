@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import psutil
 
@@ -21,7 +23,9 @@ from llmkit.engines.vllm.environment import engine_environ
 from llmkit.engines.vllm.estimate import estimate, find_model
 from llmkit.engines.vllm.failures import READ_LINES, explain
 from llmkit.engines.vllm.install import has_nvidia_gpu, installed
+from llmkit.engines.vllm.launcher import Launcher, StandbyFailed
 from llmkit.engines.vllm.progress import DownloadMeter, LoadLog
+from llmkit.engines.vllm.warm import architectures_of
 from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, LoadStalled, TimedOut
 from llmkit.process.guardian import is_alive
 from llmkit.process.keeper import Ended, KeptProcess
@@ -30,7 +34,7 @@ from llmkit.schemas import API, Capabilities, Configuration, Memory, MemoryEstim
 LAUNCH_COMMAND: Final = (sys.executable, "-m", "llmkit.engines.vllm.launch")
 SOCKET_NAME: Final = "engine.sock"
 
-_POLL_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.05
 _ANSWER_SECONDS: Final = 30.0
 _MEASURE_SECONDS: Final = 1.5
 _WATCH_SECONDS: Final = 0.5
@@ -76,6 +80,7 @@ class VLLMEngineType:
     ) -> None:
         self._command = tuple(command)
         self._environ = environ
+        self._launcher = Launcher(lambda run_dir: engine_environ(environ, run_dir))
 
     def unavailable(self) -> LLMKitError | None:
         """Say why no model of this type can be loaded here, or None."""
@@ -121,17 +126,41 @@ class VLLMEngineType:
         """Say what a load will take, by the model's files. Reads some of them."""
         given = sort_kwargs(self, configuration.model_kwargs).engine
         arguments = _arguments(configuration.model_name, self._environ, given)
-        path = (
-            demo_model_path()
-            if configuration.model_name == DEMO_MODEL_NAME
-            else find_model(configuration.model_name, arguments.revision, self._environ)
-        )
-        return estimate(path, arguments, gpu=_uses_gpu())
+        return estimate(self._path_of(configuration), arguments, gpu=_uses_gpu())
+
+    def _path_of(self, configuration: Configuration) -> Path | None:
+        """Give where the files of a model are, or None if they are not here."""
+        if configuration.model_name == DEMO_MODEL_NAME:
+            return demo_model_path()
+        revision = sort_kwargs(self, configuration.model_kwargs).engine.get("revision")
+        return find_model(configuration.model_name, revision, self._environ)
 
     def create(self, configuration: Configuration, context: EngineContext) -> VLLMEngine:
         """Make the engine of one load."""
         given = sort_kwargs(self, configuration.model_kwargs).engine
-        return VLLMEngine(configuration, context, given, self._command, self._environ)
+        return VLLMEngine(configuration, context, given, self._command, self._environ, self._launcher)
+
+    # -- what makes a load quicker -------------------------------------------------------------------------
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is a standby."""
+        return self._launcher.standby is not None
+
+    async def prepare(self, configuration: Configuration, run_dir: Path, logger: logging.Logger) -> bool:
+        """Have a standby, best of all for this configuration, in that folder; say whether there is one."""
+        path = await asyncio.to_thread(self._path_of, configuration)
+        architectures = await asyncio.to_thread(architectures_of, path) if path is not None else []
+        return await self._launcher.prepare(run_dir, architectures, logger)
+
+    async def put_away(self) -> None:
+        """End the standby, if there is one."""
+        await self._launcher.put_away()
+
+    async def prepared_bytes(self) -> int | None:
+        """Measure the memory of the standby; None if there is none."""
+        standby = self._launcher.standby
+        return await standby.pss_bytes() if standby is not None else None
 
 
 def _is_sized(arguments: VLLMArguments) -> bool:
@@ -160,7 +189,10 @@ class VLLMEngine:
         given: Mapping[str, Any],
         command: Sequence[str],
         environ: Mapping[str, str],
+        launcher: Launcher,
     ) -> None:
+        self._launcher = launcher
+        self._logger = context.logger
         self._model_name = configuration.model_name
         self._arguments = _arguments(configuration.model_name, environ, given)
         if context.gpu_memory_utilization is not None and not _is_sized(self._arguments):
@@ -169,39 +201,14 @@ class VLLMEngine:
         self._nests = isinstance(configuration.model_kwargs.get("engine"), dict)
         self._gpus = context.gpus
         self._devices = context.devices
-        self._run_dir = context.run_dir
         self._log_file = context.log_file
         self._stall_seconds = context.stall_seconds
-        socket = context.run_dir / SOCKET_NAME
-        self._endpoint = Endpoint(
-            base_url="http://engine/v1", root_url="http://engine", uds=socket, model=configuration.model_id
-        )
+        self._model_id = configuration.model_id
         # A worker on the CPU spins on every core, and with it starves what brings its tokens to the reader.
         self._niceness = context.niceness if context.niceness is not None else 0 if _uses_gpu() else _CPU_NICENESS
-        model = str(demo_model_path()) if self._model_name == DEMO_MODEL_NAME else self._model_name
-        self._kept = KeptProcess(
-            [
-                *command,
-                "serve",
-                model,
-                f"--uds={socket}",
-                f"--served-model-name={configuration.model_id}",
-                "--disable-uvicorn-access-log",
-                "--disable-fastapi-docs",
-                # Images and sounds come with the request; nothing is fetched for it, from whatever network.
-                f"--allowed-media-domains={NO_MEDIA_DOMAIN}",
-                *to_flags(self._arguments),
-            ],
-            engine_environ(
-                environ,
-                context.run_dir,
-                gpus=context.gpus,
-                offline=bool(self._arguments.offline),
-                sets_kv_cache=self._arguments.kv_cache_memory_bytes is not None,
-            ),
-            run_dir=context.run_dir,
-            log_file=context.log_file,
-        )
+        self._command = tuple(command)
+        self._environ = environ
+        self._use(context.run_dir, self._plain_process(context.run_dir))
         self._ready = False
         self._stop_task: asyncio.Task[Memory] | None = None
 
@@ -217,6 +224,67 @@ class VLLMEngine:
 
     # -- start ---------------------------------------------------------------------------------------------
 
+    def _plain_process(self, run_dir: Path) -> KeptProcess:
+        return KeptProcess(
+            [*self._command, *self._arguments_in(run_dir)],
+            self._environ_in(run_dir),
+            run_dir=run_dir,
+            log_file=self._log_file,
+        )
+
+    def _arguments_in(self, run_dir: Path) -> list[str]:
+        return [
+            "serve",
+            str(demo_model_path()) if self._model_name == DEMO_MODEL_NAME else self._model_name,
+            f"--uds={run_dir / SOCKET_NAME}",
+            f"--served-model-name={self._model_id}",
+            "--disable-uvicorn-access-log",
+            "--disable-fastapi-docs",
+            # Images and sounds come with the request; nothing is fetched for it, from whatever network.
+            f"--allowed-media-domains={NO_MEDIA_DOMAIN}",
+            *to_flags(self._arguments),
+        ]
+
+    def _environ_in(self, run_dir: Path) -> dict[str, str]:
+        return engine_environ(
+            self._environ,
+            run_dir,
+            gpus=self._gpus,
+            offline=bool(self._arguments.offline),
+            sets_kv_cache=self._arguments.kv_cache_memory_bytes is not None,
+        )
+
+    def _use(self, run_dir: Path, kept: KeptProcess) -> None:
+        """Note which process is the engine's, and where."""
+        self._run_dir, self._kept = run_dir, kept
+        self._endpoint = Endpoint(
+            base_url="http://engine/v1", root_url="http://engine", uds=run_dir / SOCKET_NAME, model=self._model_id
+        )
+
+    async def _launch(self) -> Literal["standby", "plain"]:
+        """Start the process: the standby, or else a new one; say which.
+
+        Raises
+        ------
+        OSError
+            If there can be none.
+        """
+        standby = self._launcher.take()
+        if standby is not None:
+            plain = self._run_dir, self._kept
+            self._use(standby.run_dir, standby.kept)
+            arguments, environ = self._arguments_in(standby.run_dir), self._environ_in(standby.run_dir)
+            try:
+                await standby.become(arguments, environ, self._log_file)
+            except StandbyFailed as failed:
+                self._logger.warning("The standby of vLLM was of no use, %s; the engine is started anew.", failed)
+                self._launcher.throw_away(standby)
+                self._use(*plain)
+            else:
+                return "standby"
+        await self._kept.start()
+        return "plain"
+
     async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
         """Return when the engine answers requests.
 
@@ -228,7 +296,7 @@ class VLLMEngine:
         report(LoadProgress("starting", 0.0))
         self._check_socket_path()
         try:
-            await self._kept.start()
+            report(LoadProgress("starting", 0.0, launch=await self._launch()))
         except OSError as error:
             raise LoadFailed(f"The engine could not be started: {error}.") from error
         # Paths outside /v1 are asked for, too.

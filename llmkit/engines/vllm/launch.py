@@ -1,13 +1,17 @@
-"""The program that imports vLLM: runs vLLM's own command line in this process.
+"""The program that becomes a vLLM engine: ``python -m llmkit.engines.vllm.launch serve MODEL ...``.
 
-``python -m llmkit.engines.vllm.launch serve MODEL ...`` is ``vllm serve MODEL ...``, for the GPU build and the
-CPU build alike.
+It is ``vllm serve MODEL ...``, for the GPU build and the CPU build alike, with its imports made once where that was
+tried (`warm`).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmkit.engines.vllm import warm
 
 
 def name_the_cpu_build() -> None:
@@ -29,7 +33,7 @@ def name_the_cpu_build() -> None:
     importlib.metadata.version = version_of
 
 
-def plan(arguments: list[str]) -> bool:
+def plan(arguments: Sequence[str]) -> bool:
     """Say in the log what is to be downloaded; False if it makes no sense to go on."""
     if arguments[:1] != ["serve"] or len(arguments) < 2:
         return True
@@ -42,15 +46,27 @@ def plan(arguments: list[str]) -> bool:
     return sensible
 
 
-def main() -> None:
-    """Run vLLM's command line with this program's arguments."""
-    if not plan(sys.argv[1:]):
-        sys.exit(1)
-    name_the_cpu_build()
+def run(arguments: Sequence[str]) -> None:
+    """Run vLLM's command line in this process."""
     from vllm.entrypoints.cli.main import main as vllm_main  # asks for the version at once
 
-    sys.argv[0] = "vllm"
+    sys.argv = ["vllm", *arguments]
     vllm_main()  # type: ignore[no-untyped-call, unused-ignore]  # without types, or not installed at all
+
+
+def main() -> None:
+    """Run vLLM's command line with this program's arguments."""
+    arguments = sys.argv[1:]
+    is_warm = arguments[:1] == ["serve"] and warm.build() is not None
+    if is_warm:
+        warm.preload_libraries()
+    if not plan(arguments):
+        sys.exit(1)
+    name_the_cpu_build()
+    if is_warm:
+        warm.import_vllm(warm.architectures_of(Path(arguments[1])) if len(arguments) > 1 else ())
+        warm.start_fork_server()
+    run(arguments)
 
 
 if __name__ == "__main__":

