@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmkit.engines.base import EngineContext
 from llmkit.engines.vllm.engine import VLLMEngine, VLLMEngineType
+from llmkit.engines.vllm.environment import engine_environ
+from llmkit.engines.vllm.launcher import Launcher
 from llmkit.errors import LLMKitError
 from llmkit.schemas import Configuration
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+FAKE_STANDBY = Path(__file__).with_name("fake_standby.py")
 
 
 class FakeVLLMEngineType(VLLMEngineType):
-    """Starts ``fake_engine.py``; ``options`` are its own, for example ``--ignore-sigterm``."""
+    """Starts ``fake_engine.py``; ``options`` are its own, for example ``--ignore-sigterm``.
 
-    def __init__(self, *options: str, environ: Mapping[str, str] = os.environ) -> None:
+    Its standby is ``fake_standby.py``, with the options ``standby``; it becomes the same engine.
+    """
+
+    def __init__(self, *options: str, environ: Mapping[str, str] = os.environ, standby: Sequence[str] = ()) -> None:
         super().__init__([sys.executable, str(FAKE_ENGINE), *options], environ)
+        command = [sys.executable, str(FAKE_STANDBY), *standby, *(f"--engine={option}" for option in options)]
+        self._launcher = Launcher(lambda run_dir: engine_environ(environ, run_dir), command)
 
     def unavailable(self) -> LLMKitError | None:
         return None

@@ -30,7 +30,8 @@ KERNEL_CHAIN = {"llmkit.client": 1, "llmkit.panel": 2, "llmkit.magics": 2, "llmk
 # They run as processes of their own; nobody imports them.
 PROGRAMS = {"llmkit.demo.__main__", "llmkit.demo.train"}
 ENGINE_PROGRAMS = {
-    f"llmkit.engines.{name}" for name in ("vllm.launch", "vllm.hub", "vllm.standby", "vllm.describe", "ray_application")
+    f"llmkit.engines.{name}"
+    for name in ("vllm.launch", "vllm.hub", "vllm.standby", "vllm.warm", "vllm.describe", "ray_application")
 }
 
 HEAVY = {

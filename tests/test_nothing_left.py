@@ -19,19 +19,21 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("when", ["in mid-load", "loaded"])
+@pytest.mark.parametrize("when", ["waiting", "in mid-load", "loaded"])
 def test_nothing_is_left_when_the_server_ends(number: signal.Signals, when: str) -> None:
     shared_before = shared_memory()
-    with JupyterServer("server") as server:
+    with JupyterServer("server", standby="on" if when == "waiting" else "off") as server:
         config_id = server.configure("demo")
-        if when == "loaded":
+        if when == "waiting":
+            wait_until(lambda: list(server.run_dir.rglob("standby.sock")), "a standby that waits", 60)
+        elif when == "loaded":
             server.load(config_id)
         else:
             assert server.request("POST", f"llm/load_model/{config_id}?wait=false").status_code == 202
             wait_until(lambda: len(server.engine_processes()) > 1, "an engine below its guardian", 30)
-            # Into the imports of the first interpreter, which take seconds.
+            # Into the imports, which take seconds.
             wait_until(
-                lambda: server.request("GET", "llm/models/demo").json()["elapsed_seconds"] > 4, "the load goes on", 30
+                lambda: server.request("GET", "llm/models/demo").json()["elapsed_seconds"] > 2, "the load goes on", 30
             )
             assert server.request("GET", "llm/models/demo").json()["status"] == "loading"
         engine = server.engine_processes()

@@ -86,10 +86,15 @@ class Readiness:
             except Exception:  # noqa: BLE001  # a load goes on without
                 self._failures += 1
                 self._log.exception("Nothing could be made ready for the next load.")
+        self._log.info("Nothing is made ready for loads any more: it was tried in vain %d times.", MOST_FAILURES)
+        await self.close()  # nobody watches it from now on
 
     async def close(self) -> None:
         """Give everything back. Bounded at 10 s."""
-        await asyncio.gather(*(one.put_away() for one in self._types.values()))
+        done = await asyncio.gather(*(one.put_away() for one in self._types.values()), return_exceptions=True)
+        for error in done:
+            if isinstance(error, Exception):  # what else is to be closed must be closed all the same
+                self._log.error("What was made ready for a load could not be given back.", exc_info=error)
 
     async def held_bytes(self) -> int | None:
         """Measure the main memory that is held for loads to come; None if there is nothing."""
@@ -103,12 +108,14 @@ class Readiness:
         self._quiet_looks = self._quiet_looks + 1 if is_quiet else 0
         for name, engine_type in self._types.items():
             wanted = self._wanted(name)
+            if wanted is not None and await asyncio.to_thread(engine_type.unavailable) is not None:
+                wanted = None
             there = engine_type.is_prepared
             if there and (wanted is None or free < LEAST_BYTES):
                 await engine_type.put_away()
             elif wanted is not None and (there or self._is_good_moment(free)):
                 made = await engine_type.prepare(wanted.configuration, self._new_folder(), self._log)
-                if there and not made:  # it ended by itself, or does not fit any more
+                if not made:  # it cannot be made, ended by itself, or does not fit any more
                     self._failures += 1
 
     def _busy_share(self) -> float:
@@ -124,9 +131,7 @@ class Readiness:
     def _wanted(self, model_type: str) -> Model | None:
         """Give the model that is most likely to be loaded next: one that is not, and of these the latest."""
         found = [model for model in self._models() if model.configuration.model_type == model_type]
-        if not found or self._types[model_type].unavailable() is not None:
-            return None
-        return next((model for model in reversed(found) if not model.live), found[-1])
+        return next((model for model in reversed(found) if not model.live), found[-1] if found else None)
 
     def _new_folder(self) -> Path:
         # Short: the path of a unix socket in it has at most 107 bytes.

@@ -1,4 +1,4 @@
-"""The bars: what the relay shall reach. A bar that is missed is told, and nothing else happens."""
+"""The bars: what relay and loads shall reach. A bar that is missed is told, and nothing else happens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HEAD = ["bar", "limit", "measured", ""]
 
 def bars(part: str, figures: dict[str, Any]) -> list[Bar]:
     """Give the bars of a part, as far as its figures have what they need."""
-    return {"relay": _relay, "engine": _engine, "loop": _loop}.get(part, lambda _: [])(figures)
+    return {"relay": _relay, "engine": _engine, "loop": _loop, "loads": _loads}.get(part, lambda _: [])(figures)
 
 
 def _relay(figures: dict[str, Any]) -> list[Bar]:
@@ -74,3 +74,22 @@ def _loop(figures: dict[str, Any]) -> list[Bar]:
         for key, limit in limits.items():
             found.append(Bar(f"loop lag {key.removesuffix('_ms')}, {state}", lags[key], limit, "<=", " ms"))
     return found
+
+
+def _loads(figures: dict[str, Any]) -> list[Bar]:
+    plain = figures["vllm serve"]
+
+    def to_plain(way: str, key: str) -> float:
+        return ratio(figures[way]["rounds"], plain["rounds"], key)
+
+    switch = next(way for way in figures if way.startswith("standby, "))
+    return [
+        Bar("seconds of a load with a standby, to vllm serve", to_plain("standby", "seconds"), 0.25, "<=", "x"),
+        Bar("seconds without a standby, to vllm serve", to_plain("without a standby", "seconds"), 1.05, "<=", "x"),
+        Bar("seconds of unload and load of another, to vllm serve", to_plain(switch, "seconds"), 0.35, "<=", "x"),
+        Bar(
+            "memory of a standby, to a bare import", figures["standby_mib"] / figures["bare_import_mib"], 1.2, "<=", "x"
+        ),
+        Bar("memory of a loaded engine, to vllm serve", to_plain("standby", "pss_mib"), 1.0, "<=", "x"),
+        Bar("loop lag p99 all through", figures["loop_p99_ms"], 10.0, "<=", " ms"),
+    ]

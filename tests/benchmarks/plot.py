@@ -1,4 +1,4 @@
-"""Draw requests/s of each relay, with an environment that has matplotlib: ``python plot.py latest.json relay.png``."""
+"""Draw the figures of a part, where there is matplotlib: ``python plot.py relay latest.json relay.png``."""
 
 from __future__ import annotations
 
@@ -42,15 +42,40 @@ def draw(axes: Axes, cases: dict[str, Any], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main(source: str, target: str) -> None:
-    """Draw the figures of one file into another."""
-    figures = json.loads(Path(source).read_text())["relay"]["figures"]
+def draw_relay(figures: dict[str, Any], target: str) -> None:
+    """Draw requests/s of each relay."""
     figure, both = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axes, (kind, title) in zip(both, TITLES.items(), strict=True):
         draw(axes, figures[kind], title)
     handles, labels = both[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.savefig(target, dpi=110)
+
+
+def draw_loads(figures: dict[str, Any], target: str) -> None:
+    """Draw the seconds of a load and what the engine holds, by the way it was started."""
+    ways = {way: some for way, some in figures.items() if isinstance(some, dict)}
+    figure, both = plt.subplots(1, 2, figsize=(10, 2.4), layout="constrained", sharey=True)
+    labels = [way.replace(", ", ",\n") for way in ways]
+    for axes, key, title in zip(both, ("seconds", "pss_mib"), ("seconds of a load", "MiB of the engine"), strict=True):
+        values = [some[key] for some in ways.values()]
+        colours = [RELAYS["bare" if way == "vllm serve" else "llmkit"] for way in ways]
+        drawn = axes.barh(labels, values, 0.7, color=colours)
+        axes.bar_label(
+            drawn, [f"{value:,.1f}" if key == "seconds" else f"{value:,.0f}" for value in values], padding=3, fontsize=8
+        )
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.12)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].invert_yaxis()
+    figure.savefig(target, dpi=110)
+
+
+def main(part: str, source: str, target: str) -> None:
+    """Draw the figures of one file into another."""
+    figures = json.loads(Path(source).read_text())[part]["figures"]
+    {"relay": draw_relay, "loads": draw_loads}[part](figures, target)
 
 
 if __name__ == "__main__":

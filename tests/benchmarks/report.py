@@ -44,7 +44,14 @@ class Table(NamedTuple):
 
 def tables(part: str, figures: dict[str, Any]) -> list[Table]:
     """Give the tables of a part."""
-    makers = {"relay": _relay, "engine": _engine, "niceness": _niceness, "loop": _loop, "memory": _memory}
+    makers = {
+        "relay": _relay,
+        "engine": _engine,
+        "niceness": _niceness,
+        "loop": _loop,
+        "memory": _memory,
+        "loads": _loads,
+    }
     return makers[part](figures)
 
 
@@ -159,6 +166,26 @@ def _memory(figures: dict[str, Any]) -> list[Table]:
     return [Table("Memory: proportional set size of the Jupyter server", head, rows)]
 
 
+def _loads(figures: dict[str, Any]) -> list[Table]:
+    ways = {way: some for way, some in figures.items() if isinstance(some, dict)}
+    plain = ways["vllm serve"]
+    spans = {way: [one["seconds"] for one in some["rounds"]] for way, some in ways.items()}
+    rows = [
+        [
+            way,
+            f"{some['seconds']:.2f}",
+            f"{min(spans[way]):.2f} to {max(spans[way]):.2f}",
+            f"{some['seconds'] / plain['seconds']:.3f}",
+            f"{some['pss_mib']:.0f}",
+        ]
+        for way, some in ways.items()
+    ]
+    rows.append(["a standby that waits", "", "", "", f"{figures['standby_mib']:.0f}"])
+    rows.append(["a bare import of the same modules", "", "", "", f"{figures['bare_import_mib']:.0f}"])
+    head = ["load of the demo model", "seconds", "from, to", "to vllm serve", "PSS MiB"]
+    return [Table("Loads: seconds until the engine answers, and what it holds", head, rows)]
+
+
 def bars_table(found: Sequence[Bar]) -> Table:
     """Give the bars of a part."""
     return Table("Bars", HEAD, [bar.row() for bar in found])
@@ -172,8 +199,9 @@ def keep(part: str, figures: dict[str, Any], found: Sequence[Bar], about: dict[s
     kept[part] = {**about, "figures": figures, "bars": [bar.to_json() for bar in found]}
     latest.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     (folder / "RESULTS.md").write_text(_document(kept))
-    if part == "relay":
-        subprocess.run([python_of("plot"), PLOT, latest, folder / "relay.png"], check=True, stdin=subprocess.DEVNULL)
+    if part in ("relay", "loads"):
+        plot = [python_of("plot"), PLOT, part, latest, folder / f"{part}.png"]
+        subprocess.run(plot, check=True, stdin=subprocess.DEVNULL)
 
 
 def _document(kept: dict[str, Any]) -> str:

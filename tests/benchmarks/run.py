@@ -13,13 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import engine, loop, memory, niceness, relay, report
+from benchmarks import engine, loads, loop, memory, niceness, relay, report
 from benchmarks.bars import bars
 from benchmarks.contenders import CONTENDERS
 from benchmarks.machine import machine, versions
 from benchmarks.processes import BenchmarkError
 
-PARTS = ("relay", "engine", "niceness", "loop", "memory")
+PARTS = ("relay", "engine", "niceness", "loop", "memory", "loads")
 MOST_CLIENTS = 256
 MOST_ROUNDS = 50
 MOST_SECONDS = 60.0
@@ -27,9 +27,11 @@ MOST_SECONDS = 60.0
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="run.py", description="Benchmarks of the inference relay.")
+    parser = argparse.ArgumentParser(prog="run.py", description="Benchmarks of the relay and of loads.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
-    parser.add_argument("--rounds", type=_within(int, 1, MOST_ROUNDS), help="rounds of relay (5) and engine (10)")
+    parser.add_argument(
+        "--rounds", type=_within(int, 1, MOST_ROUNDS), help="rounds of relay (5), engine (10) and loads (6)"
+    )
     parser.add_argument("--seconds", type=_within(float, 0.1, MOST_SECONDS), help="of one window of relay (2.5)")
     parser.add_argument("--clients", type=_counts, help="numbers of clients of relay, as in 1,16,64")
     parser.add_argument(
@@ -87,6 +89,8 @@ def measure(part: str, given: argparse.Namespace) -> dict[str, Any]:
         return loop.measure(
             loop.Settings(idle_seconds=2.0, stream_seconds=3.0, engine=False) if given.quick else loop.Settings()
         )
+    if part == "loads":
+        return loads.measure(loads.Settings(rounds=given.rounds or (1 if given.quick else loads.Settings.rounds)))
     return memory.measure(memory.Settings(cycles=1) if given.quick else memory.Settings())
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,12 +21,11 @@ from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, LogFollower, last_lines
 from llmkit.engines.vllm.arguments import VLLMArguments, to_flags
 from llmkit.engines.vllm.environment import engine_environ
-from llmkit.engines.vllm.estimate import estimate, find_model
+from llmkit.engines.vllm.estimate import architectures_of, estimate, find_model
 from llmkit.engines.vllm.failures import READ_LINES, explain
 from llmkit.engines.vllm.install import has_nvidia_gpu, installed
 from llmkit.engines.vllm.launcher import Launcher, StandbyFailed
 from llmkit.engines.vllm.progress import DownloadMeter, LoadLog
-from llmkit.engines.vllm.warm import architectures_of
 from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, LoadStalled, TimedOut
 from llmkit.process.guardian import is_alive
 from llmkit.process.keeper import Ended, KeptProcess
@@ -128,6 +128,14 @@ class VLLMEngineType:
         arguments = _arguments(configuration.model_name, self._environ, given)
         return estimate(self._path_of(configuration), arguments, gpu=_uses_gpu())
 
+    def _architectures(self, configuration: Configuration) -> list[str]:
+        """Give the classes of a model, as far as they are known. Reads files."""
+        try:
+            path = self._path_of(configuration)
+        except LLMKitError:  # a configuration of another version
+            return []
+        return architectures_of(path) if path is not None else []
+
     def _path_of(self, configuration: Configuration) -> Path | None:
         """Give where the files of a model are, or None if they are not here."""
         if configuration.model_name == DEMO_MODEL_NAME:
@@ -149,9 +157,7 @@ class VLLMEngineType:
 
     async def prepare(self, configuration: Configuration, run_dir: Path, logger: logging.Logger) -> bool:
         """Have a standby, best of all for this configuration, in that folder; say whether there is one."""
-        path = await asyncio.to_thread(self._path_of, configuration)
-        architectures = await asyncio.to_thread(architectures_of, path) if path is not None else []
-        return await self._launcher.prepare(run_dir, architectures, logger)
+        return await self._launcher.prepare(run_dir, partial(self._architectures, configuration), logger)
 
     async def put_away(self) -> None:
         """End the standby, if there is one."""
@@ -269,7 +275,7 @@ class VLLMEngine:
         OSError
             If there can be none.
         """
-        standby = self._launcher.take()
+        standby = self._launcher.take(self._logger)
         if standby is not None:
             plain = self._run_dir, self._kept
             self._use(standby.run_dir, standby.kept)
@@ -278,7 +284,7 @@ class VLLMEngine:
                 await standby.become(arguments, environ, self._log_file)
             except StandbyFailed as failed:
                 self._logger.warning("The standby of vLLM was of no use, %s; the engine is started anew.", failed)
-                self._launcher.throw_away(standby)
+                self._launcher.has_failed(standby)
                 self._use(*plain)
             else:
                 return "standby"

@@ -18,6 +18,16 @@ LONGEST_CONTEXT: Final = 131_072
 _BYTES: Final = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2, "float64": 8, "fp8": 1}
 
 
+def architectures_of(model: Path) -> list[str]:
+    """Read which classes a model in a local folder needs; none if there is no such folder."""
+    try:
+        told = json.loads((model / "config.json").read_text())["architectures"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    # They become arguments of a program, which cannot be just any text.
+    return [name for name in told if isinstance(name, str) and name.isidentifier()] if isinstance(told, list) else []
+
+
 def find_model(model_name: str, revision: str | None, environ: Mapping[str, str]) -> Path | None:
     """Give the folder of a model that is on this machine already, itself or in the cache of its hub, or None."""
     here = Path(model_name).expanduser()

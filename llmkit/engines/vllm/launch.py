@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmkit.engines.vllm import warm
+from llmkit.engines.vllm import tested, warm
+from llmkit.engines.vllm.estimate import architectures_of
 
 
 def name_the_cpu_build() -> None:
@@ -57,14 +58,14 @@ def run(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Run vLLM's command line with this program's arguments."""
     arguments = sys.argv[1:]
-    is_warm = arguments[:1] == ["serve"] and warm.build() is not None
+    is_warm = arguments[:1] == ["serve"] and tested.build() is not None
     if is_warm:
         warm.preload_libraries()
     if not plan(arguments):
         sys.exit(1)
     name_the_cpu_build()
     if is_warm:
-        warm.import_vllm(warm.architectures_of(Path(arguments[1])) if len(arguments) > 1 else ())
+        warm.import_vllm(architectures_of(Path(arguments[1])) if len(arguments) > 1 else ())
         warm.start_fork_server()
     run(arguments)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from typing import Any, Final
 from pydantic_core import to_json
 
 from llmkit.engines.log import last_lines
-from llmkit.engines.vllm import warm
+from llmkit.engines.vllm import tested
 from llmkit.process.guardian import ENGINE_ID
 from llmkit.process.keeper import KeptProcess, make_log
 
@@ -31,6 +32,8 @@ IMPORT_SECONDS: Final = 120.0
 STILL_SECONDS: Final = 1.5
 """One that is not ready yet, and takes no processor time for so long, is stuck."""
 ANSWER_SECONDS: Final = 1.5
+MOST_FAILURES: Final = 3
+"""Of standbys that a load has tried to use; then there are no more."""
 _POLL_SECONDS: Final = 0.05
 
 Environ = Callable[[Path], dict[str, str]]
@@ -67,14 +70,23 @@ class Standby:
         self, run_dir: Path, environ: Mapping[str, str], architectures: Sequence[str], command: Sequence[str]
     ) -> None:
         self.run_dir = run_dir
-        self.made_for = (warm.build(), dict(environ))
+        self.made_for = (tested.build(), dict(environ))
         self.kept = KeptProcess(
             [*command, str(run_dir / SOCKET_NAME), *architectures],
             environ,
             run_dir=run_dir,
             log_file=run_dir / LOG_NAME,
         )
+        self._log_fd: int | None = None
         self._began = asyncio.get_running_loop().time()
+
+    async def start(self) -> None:
+        """Start the process, as `KeptProcess.start` does."""
+        await self.kept.start()
+        # The guardian removes the log with the folder before anybody could read in it why the process ended.
+        with contextlib.suppress(FileNotFoundError):
+            self._log_fd = os.open(self.run_dir / LOG_NAME, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._log_fd)
 
     async def become(self, arguments: Sequence[str], environ: Mapping[str, str], log_file: Path) -> None:
         """Make an engine of it; once it has imported all, if it is not ready yet.
@@ -96,7 +108,7 @@ class Standby:
         marked = {ENGINE_ID: self.kept.engine_id, **environ}
         order = {"arguments": list(arguments), "environ": marked, "log_file": str(log_file)}
         try:
-            os.close(await asyncio.to_thread(make_log, log_file))
+            await asyncio.to_thread(_make_empty_log, log_file)
             reader, writer = await self._connect()
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
@@ -109,8 +121,12 @@ class Standby:
             raise StandbyFailed("it does not answer") from None
         except OSError as error:
             raise StandbyFailed(f"it cannot be talked to: {error}") from error
-        if answer != TAKEN:
+        except ValueError:  # a line without end
+            raise StandbyFailed("it does not answer as it should") from None
+        if not answer:
             raise await self._failure()
+        if answer != TAKEN:
+            raise StandbyFailed("it does not answer as it should")
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         clock = asyncio.get_running_loop().time
@@ -127,8 +143,14 @@ class Standby:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _failure(self) -> StandbyFailed:
-        lines = await asyncio.to_thread(last_lines, self.run_dir / LOG_NAME, 1)
+        path = Path(f"/proc/self/fd/{self._log_fd}")
+        lines = await asyncio.to_thread(last_lines, path, 1) if self._log_fd is not None else []
         return StandbyFailed(f"it ended{f': {lines[-1]}' if lines else ''}")
+
+
+def _make_empty_log(path: Path) -> None:
+    # Closed in the thread that opened it: nobody else gets to know of it if the load is cancelled meanwhile.
+    os.close(make_log(path))
 
 
 class Launcher:
@@ -147,48 +169,64 @@ class Launcher:
         self._command = tuple(command)
         self._standby: Standby | None = None
         self._leaving: set[asyncio.Task[Any]] = set()
+        self._failures = 0
 
     @property
     def standby(self) -> KeptProcess | None:
         """The process that waits, or None."""
         return self._standby.kept if self._standby is not None else None
 
-    async def prepare(self, run_dir: Path, architectures: Sequence[str], logger: logging.Logger) -> bool:
-        """Have a standby that fits, made anew if need be; say whether there is one."""
+    async def prepare(self, run_dir: Path, architectures: Callable[[], list[str]], logger: logging.Logger) -> bool:
+        """Have a standby; False if there can be none, or there was one that is of no use any more.
+
+        ``architectures`` gives those of the model that will probably be asked for; it may read files.
+        """
         if (there := self._standby) is not None:
-            if self._fits(there):
-                return True
+            if await asyncio.to_thread(self._fits, there) or self._standby is not there:
+                return True  # or taken meanwhile
             self._standby = None
-            self.throw_away(there)
-            why = "does not fit any more" if there.kept.ended is None else "ended by itself"
-            logger.warning("The standby of vLLM %s.", why)
+            self._throw_away_unfit(there, logger)
             return False
-        if warm.build() is None:
+        if self._failures >= MOST_FAILURES or await asyncio.to_thread(tested.build) is None:
             return False
-        standby = self._standby = Standby(run_dir, self._environ(run_dir), architectures, self._command)
+        classes = await asyncio.to_thread(architectures)
+        standby = self._standby = Standby(run_dir, self._environ(run_dir), classes, self._command)
         try:
-            await standby.kept.start()
-        except OSError as error:
+            await standby.start()
+        except BaseException as error:
+            if self._standby is standby:
+                self._standby = None
+                self.throw_away(standby)
+            if not isinstance(error, OSError):
+                raise
             logger.warning("The standby of vLLM could not be started: %s", error)
-            self._standby = None
-            self.throw_away(standby)
             return False
         return True
 
-    def take(self) -> Standby | None:
+    def take(self, logger: logging.Logger) -> Standby | None:
         """Give the standby out of hand, if there is one that fits; who takes it has to stop it."""
         standby, self._standby = self._standby, None
         if standby is None or self._fits(standby):
             return standby
-        self.throw_away(standby)
+        self._throw_away_unfit(standby, logger)
         return None
 
     def _fits(self, standby: Standby) -> bool:
-        is_same = standby.made_for == (warm.build(), self._environ(standby.run_dir))
+        is_same = standby.made_for == (tested.build(), self._environ(standby.run_dir))
         return is_same and standby.kept.ended is None
 
+    def _throw_away_unfit(self, standby: Standby, logger: logging.Logger) -> None:
+        why = "does not fit any more" if standby.kept.ended is None else "ended by itself"
+        logger.warning("The standby of vLLM %s.", why)
+        self.throw_away(standby)
+
+    def has_failed(self, standby: Standby) -> None:
+        """Take back a standby that was of no use to a load."""
+        self._failures += 1
+        self.throw_away(standby)
+
     def throw_away(self, standby: Standby) -> None:
-        """End a standby that is of no use, without waiting for that."""
+        """End a standby without waiting for that."""
         task = asyncio.create_task(standby.kept.stop())
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)

