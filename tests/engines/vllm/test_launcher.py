@@ -365,6 +365,16 @@ async def test_one_that_fails_is_told_in_the_log_and_the_load_starts_plainly(
     assert warning.startswith(f"The standby of vLLM was of no use, {why}")
 
 
+async def test_after_three_that_failed_there_are_no_more(make: Make) -> None:
+    stage = make("--instead=rubbish")
+    for number in range(3):
+        await stage.prepared()
+        assert await launch_of(stage.engine()) == "plain"
+        assert (await stage.engines[number].stop()).verified
+    assert not await stage.prepare()
+    assert not stage.type.is_prepared
+
+
 async def test_one_that_was_stopped_by_a_signal_is_given_up(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     stage = make()
     standby = await stage.prepared()
