@@ -36,7 +36,7 @@ bench: $(READY)  ## the benchmarks, in about 20 minutes: table and plot in tests
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 soak: $(READY)  ## the tests of reliability, N times as long (10 if not said), with their figures
-	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability $(ARGS)
+	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability tests/engines/vllm/test_standby.py $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

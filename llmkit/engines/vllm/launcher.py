@@ -187,7 +187,10 @@ class Launcher:
             self._standby = None
             self._throw_away_unfit(there, logger)
             return False
-        if self._failures >= MOST_FAILURES or await asyncio.to_thread(tested.build) is None:
+        if self._failures >= MOST_FAILURES:
+            return False
+        if await asyncio.to_thread(tested.build) is None:
+            logger.info("There is no standby: it was not tried with the vLLM that is installed.")
             return False
         classes = await asyncio.to_thread(architectures)
         standby = self._standby = Standby(run_dir, self._environ(run_dir), classes, self._command)

@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 LOG = logging.getLogger("test")
+CYCLES = scaled(4)
 PLACES = ("France", "Japan", "Peru", "Italy", "Kenya", "Spain", "Egypt", "Norway", "Canada", "India")
 FORMS = (
     "What is the capital of {}?",
@@ -183,7 +184,7 @@ async def test_load_and_unload_again_and_again_leave_nothing(run_root: Path) -> 
 
     before, shared = held(), {path.name for path in Path("/dev/shm").iterdir()}
     resident = []
-    for number in range(scaled(4)):
+    for number in range(CYCLES):
         await have_standby(engine_type, run_root / f"s{number}")
         async with loaded(engine_type, run_root / f"e{number}") as (_, http, reports):
             assert [one.launch for one in reports if one.launch] == ["standby"]
