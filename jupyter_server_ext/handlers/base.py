@@ -8,12 +8,14 @@ import math
 import re
 import traceback
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol, TypeVar, cast
 
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
 from jupyter_server.extension.handler import ExtensionHandlerMixin
+from jupyter_server.log import log_request
 from jupyter_server.prometheus.log_functions import prometheus_log_method
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
@@ -192,10 +194,14 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
 
     def _log(self) -> None:
         """Log the request, but for one that went well where nobody reads of those: Jupyter would write it first."""
-        if self.get_status() < HTTPStatus.MULTIPLE_CHOICES and not _is_read(self.log, logging.DEBUG):
-            prometheus_log_method(self)  # type: ignore[no-untyped-call]  # all else that Jupyter's log does
-        else:
+        log = self.settings.get("log_function")
+        went_well = self.get_status() < HTTPStatus.MULTIPLE_CHOICES
+        # An operator's own function logs what it likes.
+        is_jupyter_s = isinstance(log, partial) and log.func is log_request
+        if not went_well or not is_jupyter_s or log is None or _is_read(self.log, logging.DEBUG):
             super()._log()
+        elif log.keywords.get("record_prometheus_metrics", True):
+            prometheus_log_method(self)  # type: ignore[no-untyped-call]  # all else that Jupyter's log does
 
     def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
         """Log what nobody expected; what was expected is the client's to read."""

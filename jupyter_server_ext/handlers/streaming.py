@@ -93,7 +93,11 @@ class StreamHandler(LLMHandler):
         self.write(data)
         flushing = self._flushing = self.finish() if is_last else self.flush()
         if not flushing.done():
+            if is_last:  # Tornado tells nobody any more that the client has left
+                self._connection.set_close_callback(self.on_connection_close)
             await self._until_taken(flushing)
+            if is_last and self._connection.stream.closed():
+                self._give_up()
         elif flushing.exception() is not None:
             self._give_up()
         self._written_at = time.monotonic()
@@ -106,8 +110,12 @@ class StreamHandler(LLMHandler):
         except iostream.StreamClosedError:
             self._give_up()
         except TimeoutError:
-            self.detach().close()
+            self._connection.stream.close()
             self._give_up()
+
+    @property
+    def _connection(self) -> http1connection.HTTP1Connection:
+        return cast("http1connection.HTTP1Connection", self.request.connection)
 
     def _give_up(self) -> None:
         self._client_gone = True
@@ -117,8 +125,7 @@ class StreamHandler(LLMHandler):
         self.set_header("Content-Type", "text/event-stream")
         self.set_header("Cache-Control", "no-cache")
         self.set_header("X-Accel-Buffering", "no")
-        connection = cast("http1connection.HTTP1Connection", self.request.connection)
-        _send_at_once(connection.stream)
+        _send_at_once(self._connection.stream)
 
     async def fail(self, raised: Exception) -> None:
         """End a stream that has begun with an error: there is no status to send any more."""

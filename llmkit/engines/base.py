@@ -204,8 +204,11 @@ class PreparedType(EngineType, Protocol):
         """Give back what was made ready and not used, with all that it holds. Idempotent, bounded at 10 s."""
         ...
 
-    async def prepared_bytes(self) -> int | None:
-        """Measure the main memory that what was made ready holds; None if there is nothing."""
+    async def prepared_bytes(self, *, anonymous: bool = False) -> int | None:
+        """Measure the main memory that what was made ready holds; None if there is nothing.
+
+        With ``anonymous`` without mapped files, of which the kernel can have the memory at any time.
+        """
         ...
 
 

@@ -44,7 +44,7 @@ _WORDS: Final = (DONE, _USAGE_WORD, b'"error"')
 """One of these is in every event that has to be looked at, or of the next ones."""
 _WORDS_OF_RESPONSES: Final = (*_WORDS, *(f'"{end}"'.encode() for end in _ENDS))
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
-GATHER_SECONDS: Final = 0.001
+GATHER_SECONDS: Final = 0.0009
 """What comes sooner after a write waits so long for more: a write costs as much as many short events."""
 _LONGEST_USAGE: Final = 4096
 _LONGEST_PARSED: Final = 256 << 10
@@ -129,7 +129,8 @@ async def _relay_stream(
         part = b"" if is_over else await content.readany()
         if time.monotonic() < written_at + GATHER_SECONDS and not content.is_eof():
             await asyncio.sleep(GATHER_SECONDS)
-            part += content.read_nowait()
+            if content.exception() is None:  # else the next read raises it, after what came before is written
+                part += content.read_nowait()
         events = relaying.end() if is_over else relaying.take(part)
         if events:
             running.answering = True

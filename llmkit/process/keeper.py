@@ -112,6 +112,13 @@ class KeptProcess:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._make_run_dir()
+        try:
+            return self._spawn_guardian()
+        except BaseException:
+            remove_run_dir(str(self._run_dir))
+            raise
+
+    def _spawn_guardian(self) -> subprocess.Popen[bytes]:
         log = make_log(self._log_file)
         try:
             program = [sys.executable, "-I", "-S", guardian.__file__]
@@ -214,9 +221,13 @@ class KeptProcess:
         """Give every process of the tree whose name begins in a certain way, with its name."""
         return await asyncio.to_thread(_named, self.guardian_pid, prefix) if self.guardian_pid else {}
 
-    async def pss_bytes(self) -> int | None:
-        """Measure the memory of the whole tree, shared pages counted once; None if there is none."""
-        return await asyncio.to_thread(_pss_bytes, self.guardian_pid) if self.guardian_pid else None
+    async def pss_bytes(self, *, anonymous: bool = False) -> int | None:
+        """Measure the memory of the whole tree, shared pages counted once; None if there is none.
+
+        What is not ``anonymous`` are mapped files, of which the kernel can have the memory at any time.
+        """
+        field = "Pss_Anon:" if anonymous else "Pss:"
+        return await asyncio.to_thread(_pss_bytes, self.guardian_pid, field) if self.guardian_pid else None
 
     async def cpu_seconds(self) -> float:
         """Add up the processor time that the whole tree has used."""
@@ -242,19 +253,19 @@ def _named(root: int, prefix: str) -> dict[Process, str]:
     return {process: name for process, name in names.items() if name.startswith(prefix)}
 
 
-def _pss_bytes(root: int) -> int | None:
-    measured = [_pss_of(found.process.pid) for found in descendants(root)]
+def _pss_bytes(root: int, field: str) -> int | None:
+    measured = [_pss_of(found.process.pid, field) for found in descendants(root)]
     known = [size for size in measured if size is not None]
     return sum(known) if known else None
 
 
-def _pss_of(pid: int) -> int | None:
+def _pss_of(pid: int, field: str) -> int | None:
     """Read the proportional set size: shared pages are divided among the processes that share them."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def _cpu_seconds(root: int) -> float:

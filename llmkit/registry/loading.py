@@ -255,8 +255,9 @@ class Loader:
             devices = await asyncio.to_thread(self.devices.read)
             reserved = await asyncio.to_thread(self.placement.reservations)
             return {g.index: max(0, g.free_bytes - reserved.get(g.index, 0)) for g in devices.gpus} or None
-        # What was made ready becomes a part of the engine, or goes.
-        free = await asyncio.to_thread(self.devices.free_ram) + (await self._standby_bytes() or 0)
+        free = await asyncio.to_thread(self.devices.free_ram)
+        if not self._loads:  # what was made ready becomes a part of the first engine, or goes
+            free += await self._standby_bytes() or 0
         for load in list(self._loads.values()):
             if load.estimate.device == "cpu" and load.estimate.total_bytes:
                 held = (await load.engine.memory()).pss_bytes if load.engine else None

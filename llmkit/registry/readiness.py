@@ -96,9 +96,12 @@ class Readiness:
             if isinstance(error, Exception):  # what else is to be closed must be closed all the same
                 self._log.error("What was made ready for a load could not be given back.", exc_info=error)
 
-    async def held_bytes(self) -> int | None:
-        """Measure the main memory that is held for loads to come; None if there is nothing."""
-        held = [await one.prepared_bytes() for one in self._types.values()]
+    async def held_bytes(self, *, anonymous: bool = False) -> int | None:
+        """Measure the main memory that is held for loads to come; None if there is nothing.
+
+        With ``anonymous`` without mapped files, of which the kernel can have the memory at any time.
+        """
+        held = [await one.prepared_bytes(anonymous=anonymous) for one in self._types.values()]
         known = [size for size in held if size is not None]
         return sum(known) if known else None
 

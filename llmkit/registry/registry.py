@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class ModelRegistry:
             logger,
             devices,
             engine_niceness=settings.engine_niceness,
-            standby_bytes=self._readiness.held_bytes,
+            standby_bytes=partial(self._readiness.held_bytes, anonymous=True),
         )
         self._deleting: set[Model] = set()
         self._metrics = Metrics(lambda: [model.snapshot() for model in self._models.values()])

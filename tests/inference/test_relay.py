@@ -15,7 +15,7 @@ from raw_upstream import chunk as as_chunk
 
 from llmkit.engines.base import Endpoint
 from llmkit.engines.http import EngineHTTP
-from llmkit.errors import EngineRefused, RateLimited, UpstreamFailed
+from llmkit.errors import EngineRefused, RateLimited, UpstreamFailed, UpstreamUnreachable
 from llmkit.inference import relay as module
 from llmkit.inference.openai_api import Call
 from llmkit.inference.relay import StreamRelay, find_usage, has_token, relay
@@ -291,3 +291,32 @@ async def test_the_first_event_goes_at_once_and_what_follows_at_once_goes_togeth
     assert written[0] == (token, False)
     assert b"".join(events for events, _ in written) == token * 3 + DONE
     assert [is_last for _, is_last in written] == [False] * (pieces - 1) + [True]
+
+
+async def test_what_waits_for_more_is_not_lost_when_the_engine_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GATHER_SECONDS", 0.5)
+    token = frame(chunk("a"))
+
+    async def break_off(asked: Asked, peer: Peer) -> None:
+        del asked
+        await peer.send(stream_head())
+        for _ in range(2):
+            await peer.send(as_chunk(token))
+            await asyncio.sleep(0.1)
+        peer.close()
+
+    written: list[bytes] = []
+
+    async def write(events: bytes, *, is_last: bool) -> None:
+        assert not is_last
+        written.append(events)
+
+    async with RawUpstream(break_off) as upstream:
+        http = EngineHTTP(Endpoint(base_url=upstream.base_url, model="m"))
+        try:
+            call = Call("/chat/completions", b"{}", stream=True)
+            with pytest.raises(UpstreamUnreachable):
+                await relay(http, call, Running("m", "chat/completions", stream=True), write)
+        finally:
+            await http.close()
+    assert written == [token, token]

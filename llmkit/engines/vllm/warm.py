@@ -19,7 +19,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterable, Mapping
-from multiprocessing import forkserver, spawn
+from multiprocessing import forkserver, resource_tracker, spawn
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,7 +79,6 @@ def become(environ: Mapping[str, str]) -> None:
     if hub is not None:
         offline = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
         hub.HF_HUB_OFFLINE = offline.upper() in _TRUE  # type: ignore[attr-defined]
-    _bind_threads(environ)
 
 
 def _modules_of(architectures: Iterable[str]) -> list[str]:
@@ -96,10 +95,12 @@ def preload_libraries() -> None:
 
     They count only from a program's start, and the workers are to be forked from this one.
     """
-    found = [_library("vllm", "libs", "libtcmalloc*.so*"), _library("torch", "lib", "libgomp*.so*")]
     given = os.environ.get("LD_PRELOAD", "")
+    found = [_library("vllm", "libs", "libtcmalloc*.so*")]
+    if not re.search(r"lib[gi]?omp", given):  # one OpenMP of the operator's own is enough
+        found.append(_library("torch", "lib", "libgomp*.so*"))
     missing = [path for path in found if path and Path(path).name.partition(".")[0] not in given]
-    if missing and not re.search(r"lib[gi]?omp", given):  # one OpenMP of the operator's own is enough
+    if missing:
         environ = {**os.environ, "LD_PRELOAD": ":".join([*missing, *filter(None, [given])])}
         os.execve(sys.executable, sys.orig_argv, environ)  # noqa: S606  # this very program
 
@@ -128,8 +129,11 @@ def _bind_threads(environ: Mapping[str, str]) -> None:
 # -- the fork server -----------------------------------------------------------------------------------------------
 
 
-def start_fork_server() -> None:
-    """Fork off a server that forks, of this process as it is now; `multiprocessing` would start an empty one."""
+def start_fork_server(not_to_keep: Iterable[int] = ()) -> None:
+    """Fork off a server that forks, of this process as it is now; `multiprocessing` would start an empty one.
+
+    Its socket lies in ``TMPDIR``, which an engine has for itself. ``not_to_keep`` are files of this process alone.
+    """
     from vllm import envs
 
     envs.environment_variables["VLLM_WORKER_MULTIPROC_METHOD"] = lambda: _METHOD
@@ -142,28 +146,25 @@ def start_fork_server() -> None:
         alive_r, alive_w = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _be_fork_server(listener, alive_r, alive_w)
+            _be_fork_server(listener, alive_r, [alive_w, *not_to_keep])
     os.close(alive_r)
     vars(state).update(_forkserver_address=address, _forkserver_alive_fd=alive_w, _forkserver_pid=pid)
 
 
-def _be_fork_server(listener: socket.socket, alive_r: int, alive_w: int) -> None:
+def _be_fork_server(listener: socket.socket, alive_r: int, not_to_keep: Iterable[int]) -> None:
     code = 1
     try:
-        os.close(alive_w)
+        for file in not_to_keep:
+            os.close(file)
         # Its children use it, too; they would take it for dead, as it is not their child.
-        forkserver._forkserver.ensure_running = _ensure_running  # type: ignore[method-assign]  # noqa: SLF001
+        forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]  # noqa: SLF001
         forkserver.main(listener.detach(), alive_r, [])
     except SystemExit:
         code = 0
+    except Exception:  # noqa: BLE001  # said, as of any program
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
-
-
-def _ensure_running() -> None:
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()
 
 
 def _hand_environ_on() -> None:
@@ -174,7 +175,11 @@ def _hand_environ_on() -> None:
         return {**get_preparation_data(name), _ENVIRON: dict(os.environ)}
 
     def prepare_with_environ(data: dict[str, Any]) -> None:
-        become(data.pop(_ENVIRON))
+        environ = data.pop(_ENVIRON)
+        # Those of the operator were read when the program began.
+        told = {name: environ[name] for name in _BOUND if environ.get(name, "") != os.environ.get(name, "")}
+        become(environ)
+        _bind_threads(told)
         prepare_process(data)
 
     vars(spawn).update(get_preparation_data=with_environ, prepare=prepare_with_environ)

@@ -8,6 +8,7 @@ import sys
 from collections import UserDict
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from multiprocessing import spawn
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -286,9 +287,22 @@ def test_threads_are_left_alone_where_vllm_names_none(variables: dict[str, str],
     assert bound == []
 
 
-def test_who_becomes_another_process_has_its_threads(environ: Callable[..., Environ], bound: list[Any]) -> None:
-    environ()
-    warm.become({"GOMP_CPU_AFFINITY": "2 3"})
+def test_a_forked_process_has_environment_and_threads_of_its_parent_and_none_that_were_there_before(
+    environ: Callable[..., Environ], bound: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[dict[str, Any]] = []
+    monkeypatch.setattr(spawn, "prepare", prepared.append)
+    monkeypatch.setattr(spawn, "get_preparation_data", lambda name: {"name": name})
+    warm._hand_environ_on()
+    environ(OMP_PLACES="{0,1}", OTHER="1")
+    told = spawn.get_preparation_data("worker")
+    spawn.prepare(dict(told))
+    assert (prepared, bound) == ([{"name": "worker"}], [])  # the operator's own was read when the program began
+    environ(GOMP_CPU_AFFINITY="2 3", OTHER="2")
+    told = spawn.get_preparation_data("worker")
+    environ(OTHER="1")
+    spawn.prepare(dict(told))
+    assert os.environ["OTHER"] == "2"
     assert bound == [2, (0, {2, 3})]
 
 
@@ -389,9 +403,9 @@ def test_one_library_is_better_than_none(packages: Packages, preloaded: Preloade
 def test_an_openmp_of_the_operators_own_is_not_joined_by_another(
     theirs: str, packages: Packages, preloaded: Preloaded
 ) -> None:
-    packages.add("vllm/libs/libtcmalloc_minimal.so.4")
+    tcmalloc = packages.add("vllm/libs/libtcmalloc_minimal.so.4")
     packages.add("torch/lib/libgomp.so.1")
-    assert preloaded(theirs) is None
+    assert preloaded(theirs) == f"{tcmalloc}:{theirs}"
 
 
 @pytest.mark.parametrize("theirs", ["/opt/company/lib/own.so", "/usr/lib/libcompat.so.1", "/home/thompson/a.so"])
