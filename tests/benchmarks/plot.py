@@ -54,9 +54,10 @@ def draw_relay(figures: dict[str, Any], target: str) -> None:
 
 def draw_loads(figures: dict[str, Any], target: str) -> None:
     """Draw the seconds of a load and what the engine holds, by the way it was started."""
-    ways = {way: some for way, some in figures.items() if isinstance(some, dict)}
+    found = [(way, some) for way, some in figures.items() if isinstance(some, dict)]
+    ways = dict(sorted(found, key=lambda one: -one[1]["seconds"]))
     figure, both = plt.subplots(1, 2, figsize=(10, 2.4), layout="constrained", sharey=True)
-    labels = [way.replace(", ", ",\n") for way in ways]
+    labels = [way if way == "vllm serve" else "llmkit, " + way.replace(", ", ",\n") for way in ways]
     for axes, key, title in zip(both, ("seconds", "pss_mib"), ("seconds of a load", "MiB of the engine"), strict=True):
         values = [some[key] for some in ways.values()]
         colours = [RELAYS["bare" if way == "vllm serve" else "llmkit"] for way in ways]

@@ -167,12 +167,13 @@ def _memory(figures: dict[str, Any]) -> list[Table]:
 
 
 def _loads(figures: dict[str, Any]) -> list[Table]:
-    ways = {way: some for way, some in figures.items() if isinstance(some, dict)}
+    found = [(way, some) for way, some in figures.items() if isinstance(some, dict)]
+    ways = dict(sorted(found, key=lambda one: -one[1]["seconds"]))  # a file of figures is sorted by name
     plain = ways["vllm serve"]
     spans = {way: [one["seconds"] for one in some["rounds"]] for way, some in ways.items()}
     rows = [
         [
-            way,
+            way if way == "vllm serve" else f"llmkit, {way}",
             f"{some['seconds']:.2f}",
             f"{min(spans[way]):.2f} to {max(spans[way]):.2f}",
             f"{some['seconds'] / plain['seconds']:.3f}",
