@@ -45,7 +45,8 @@ _WORDS: Final = (DONE, _USAGE_WORD, b'"error"')
 _WORDS_OF_RESPONSES: Final = (*_WORDS, *(f'"{end}"'.encode() for end in _ENDS))
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 GATHER_SECONDS: Final = 0.0009
-"""What comes sooner after a write waits so long for more: a write costs as much as many short events."""
+"""What comes sooner after a write waits so long for more: a write costs as much as many short events. The end of an
+answer does not wait."""
 _LONGEST_USAGE: Final = 4096
 _LONGEST_PARSED: Final = 256 << 10
 _HEAD_BYTES: Final = 256
@@ -127,7 +128,7 @@ async def _relay_stream(
     while not relaying.ended:
         is_over = content.at_eof()
         part = b"" if is_over else await content.readany()
-        if time.monotonic() < written_at + GATHER_SECONDS and not content.is_eof():
+        if time.monotonic() < written_at + GATHER_SECONDS and not content.is_eof() and DONE not in part:
             await asyncio.sleep(GATHER_SECONDS)
             if content.exception() is None:  # else the next read raises it, after what came before is written
                 part += content.read_nowait()

@@ -320,3 +320,31 @@ async def test_what_waits_for_more_is_not_lost_when_the_engine_breaks_off(monkey
         finally:
             await http.close()
     assert written == [token, token]
+
+
+async def test_the_end_of_an_answer_does_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GATHER_SECONDS", 60.0)
+    token = frame(chunk("a"))
+
+    async def end_late(asked: Asked, peer: Peer) -> None:
+        del asked
+        await peer.send(stream_head() + as_chunk(token))
+        await asyncio.sleep(0.1)
+        await peer.send(as_chunk(token + DONE))
+        await asyncio.sleep(0.1)
+        await peer.send(END_OF_CHUNKS)
+
+    written: list[bytes] = []
+
+    async def write(events: bytes, *, is_last: bool) -> None:
+        assert is_last == (len(written) == 1)
+        written.append(events)
+
+    async with RawUpstream(end_late) as upstream, asyncio.timeout(20):
+        http = EngineHTTP(Endpoint(base_url=upstream.base_url, model="m"))
+        try:
+            call = Call("/chat/completions", b"{}", stream=True)
+            await relay(http, call, Running("m", "chat/completions", stream=True), write)
+        finally:
+            await http.close()
+    assert written == [token, token + DONE]
