@@ -12,6 +12,7 @@ from benchmarks.bars import HEAD, Bar
 from benchmarks.venvs import python_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PICTURES = {"relay": "requests/s of each contender", "loads": "seconds of a load, and memory of the engine"}
 PLOT = Path(__file__).with_name("plot.py")
 KINDS = {
     "plain": "whole answers",
@@ -44,15 +45,7 @@ class Table(NamedTuple):
 
 def tables(part: str, figures: dict[str, Any]) -> list[Table]:
     """Give the tables of a part."""
-    makers = {
-        "relay": _relay,
-        "engine": _engine,
-        "niceness": _niceness,
-        "loop": _loop,
-        "memory": _memory,
-        "loads": _loads,
-    }
-    return makers[part](figures)
+    return _MAKERS[part](figures)
 
 
 def _relay(figures: dict[str, Any]) -> list[Table]:
@@ -187,6 +180,17 @@ def _loads(figures: dict[str, Any]) -> list[Table]:
     return [Table("Loads: seconds until the engine answers, and what it holds", head, rows)]
 
 
+_MAKERS = {
+    "relay": _relay,
+    "engine": _engine,
+    "niceness": _niceness,
+    "loop": _loop,
+    "memory": _memory,
+    "loads": _loads,
+}
+"""What makes the tables of each part."""
+
+
 def bars_table(found: Sequence[Bar]) -> Table:
     """Give the bars of a part."""
     return Table("Bars", HEAD, [bar.row() for bar in found])
@@ -200,7 +204,7 @@ def keep(part: str, figures: dict[str, Any], found: Sequence[Bar], about: dict[s
     kept[part] = {**about, "figures": figures, "bars": [bar.to_json() for bar in found]}
     latest.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     (folder / "RESULTS.md").write_text(_document(kept))
-    if part in ("relay", "loads"):
+    if part in PICTURES:
         plot = [python_of("plot"), PLOT, part, latest, folder / f"{part}.png"]
         subprocess.run(plot, check=True, stdin=subprocess.DEVNULL)
 
@@ -211,7 +215,7 @@ def _document(kept: dict[str, Any]) -> str:
         "",
         "Written by `make bench`; [README.md](../README.md) says how to read it.",
     ]
-    for part in ("relay", "engine", "loop", "memory"):
+    for part in _MAKERS:
         if part not in kept:
             continue
         some = kept[part]
@@ -219,8 +223,8 @@ def _document(kept: dict[str, Any]) -> str:
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory']}, {machine['kernel']}"
         what = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
         lines += ["", f"## {part.capitalize()}", "", f"{some['date']}: {where}; {what}.", ""]
-        if part == "relay":
-            lines += ["![requests/s of each contender](relay.png)", ""]
+        if part in PICTURES:
+            lines += [f"![{PICTURES[part]}]({part}.png)", ""]
         found = [Bar(**{key: bar[key] for key in Bar.__dataclass_fields__}) for bar in some["bars"]]
         if found:
             lines += [bars_table(found).markdown()]
