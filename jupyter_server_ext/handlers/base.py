@@ -195,10 +195,9 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     def _log(self) -> None:
         """Log the request, but for one that went well where nobody reads of those: Jupyter would write it first."""
         log = self.settings.get("log_function")
-        went_well = self.get_status() < HTTPStatus.MULTIPLE_CHOICES
+        unread = self.get_status() < HTTPStatus.MULTIPLE_CHOICES and not _is_read(self.log, logging.DEBUG)
         # An operator's own function logs what it likes.
-        is_jupyter_s = isinstance(log, partial) and log.func is log_request
-        if not went_well or not is_jupyter_s or log is None or _is_read(self.log, logging.DEBUG):
+        if not (unread and isinstance(log, partial) and log.func is log_request):
             super()._log()
         elif log.keywords.get("record_prometheus_metrics", True):
             prometheus_log_method(self)  # type: ignore[no-untyped-call]  # all else that Jupyter's log does

@@ -66,12 +66,12 @@ class Loader:
         max_loaded_models: int,
         stall_seconds: float,
         logger: logging.Logger,
-        devices: Devices | None = None,
+        devices: Devices,
         *,
         engine_niceness: int | None = None,
         standby_bytes: Callable[[], Awaitable[int | None]],
     ) -> None:
-        self.devices = devices or Devices()
+        self.devices = devices
         self.placement = Placement(self.devices, run_dir.parent / "gpus")
         self._stored = stored
         self._models = models

@@ -110,13 +110,15 @@ class Readiness:
         is_quiet = self._busy_share() < QUIET_SHARE and not self._busy()
         self._quiet_looks = self._quiet_looks + 1 if is_quiet else 0
         for name, engine_type in self._types.items():
+            there = engine_type.is_prepared
+            if not there and not self._is_good_moment(free):
+                continue  # most of the time, and nothing more is looked at
             wanted = self._wanted(name)
             if wanted is not None and await asyncio.to_thread(engine_type.unavailable) is not None:
                 wanted = None
-            there = engine_type.is_prepared
             if there and (wanted is None or free < LEAST_BYTES):
                 await engine_type.put_away()
-            elif wanted is not None and (there or self._is_good_moment(free)):
+            elif wanted is not None:
                 made = await engine_type.prepare(wanted.configuration, self._new_folder(), self._log)
                 if not made:  # it cannot be made, ended by itself, or does not fit any more
                     self._failures += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.engines.vllm import launch, warm
+from llmkit.engines.vllm.launcher import TAKEN
 
 MOST_BYTES = 1 << 20
 
@@ -37,7 +38,7 @@ def main() -> None:
         warm.become({**order["environ"], **imported})
         # Its output is that of all its children; and it must not hold the connection.
         warm.start_fork_server(not_to_keep=[connection.fileno(), *files])
-        connection.sendall(b'{"taken": true}\n')
+        connection.sendall(TAKEN)
     if not launch.plan(order["arguments"]):
         sys.exit(1)
     launch.run(order["arguments"])

