@@ -47,6 +47,8 @@ _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 GATHER_SECONDS: Final = 0.0009
 """What comes sooner after a write waits so long for more: a write costs as much as many short events. The end of an
 answer does not wait."""
+PIECE_BYTES: Final = 16 << 10
+"""So much is taken at a time: a piece is in memory several times while its client does not read."""
 _LONGEST_USAGE: Final = 4096
 _LONGEST_PARSED: Final = 256 << 10
 _HEAD_BYTES: Final = 256
@@ -127,11 +129,11 @@ async def _relay_stream(
     content, written_at = response.content, 0.0
     while not relaying.ended:
         is_over = content.at_eof()
-        part = b"" if is_over else await content.readany()
+        part = b"" if is_over else await content.read(PIECE_BYTES)
         if time.monotonic() < written_at + GATHER_SECONDS and not content.is_eof() and DONE not in part:
             await asyncio.sleep(GATHER_SECONDS)
             if content.exception() is None:  # else the next read raises it, after what came before is written
-                part += content.read_nowait()
+                part += content.read_nowait(PIECE_BYTES - len(part))
         events = relaying.end() if is_over else relaying.take(part)
         if events:
             running.answering = True
