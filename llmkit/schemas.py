@@ -500,3 +500,61 @@ class InferenceAnswer(Wire):
     usage: Usage | None = None
     timings: Timings
     cost: Cost | None = None
+
+
+# -- conversations -----------------------------------------------------------------------------------------
+
+
+class ConversationTurn(Strict):
+    """One prompt of a conversation and its answer, which has ended."""
+
+    model_id: ModelId
+    prompt: str
+    images: list[str] = Field(default_factory=list, description="Data URLs that went with the prompt.")
+    response: str = ""
+    reasoning: str | None = None
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    state: Literal["done", "stopped", "failed"] = "done"
+    note: str = Field("", description="What the answer took, or why there is none; for people.")
+
+
+class ConversationRequest(Strict):
+    """Body of ``PUT /llm/conversations/{conversation_id}``: the whole conversation as it is now."""
+
+    title: str = Field("", max_length=200)
+    model_id: ModelId | None = Field(None, description="The model that is asked next.")
+    system: str = ""
+    draft: str = Field("", description="The next prompt, as far as it is written.")
+    parameters: dict[str, JsonValue] = Field(default_factory=dict, description="Generation parameters of the next one.")
+    turns: list[ConversationTurn] = Field(default_factory=list)
+    revision: int | None = Field(
+        None, ge=0, description="Revision that this one follows: 409 if the stored one is another. None: whichever."
+    )
+
+
+class Conversation(ConversationRequest):
+    """A conversation that the server keeps."""
+
+    conversation_id: str
+    revision: int
+    updated_at: datetime
+
+
+class ConversationSummary(Wire):
+    """A conversation in the answer of ``GET /llm/conversations/``."""
+
+    conversation_id: str
+    title: str
+    model_id: str | None = None
+    turns: int
+    """How many."""
+    revision: int
+    updated_at: datetime
+
+
+class ConversationList(Wire):
+    """Answer of ``GET /llm/conversations/``: what was changed last comes first."""
+
+    conversations: list[ConversationSummary]
+    kept: bool = True
+    """Whether this server keeps conversations; an operator can turn that off."""

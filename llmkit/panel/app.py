@@ -18,9 +18,15 @@ from llmkit.panel.prompt_tab import PromptTab
 from llmkit.panel.widgets import Kit, assign, beside_cells, close_all, show
 from llmkit.schemas import Snapshot
 
-STYLE = Path(__file__).parent / "static" / "panel.css"
+STATIC = Path(__file__).parent / "static"
 FIRST_LOOK_SECONDS = 0.8
 MODELS, CONFIGURE, PROMPT = range(3)
+
+
+def read_styles() -> str:
+    """Give the style sheets of all tabs, that of the whole panel first."""
+    files = sorted(STATIC.glob("*.css"), key=lambda file: (file.stem != "panel", file.stem))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 class Panel(w.VBox):
@@ -38,7 +44,7 @@ class Panel(w.VBox):
         self._watcher: Watcher | None = None
         self._lane = Lane(self._tick)
         kit = self._kit = Kit()
-        self._style = kit.html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>")
+        self._style = kit.html(f"<style>{read_styles()}</style>")
         self._header = kit.html(markup.header("connecting", ""))
         self._card = kit.html()
         self.try_again = kit.button("Try again", self._on_try_again, style="primary", tip="Look for the server again")
@@ -115,7 +121,10 @@ class Panel(w.VBox):
             client,
             self._lane,
             self._kit,
+            frozenset({"read", "execute", "write"}),
             open_configure=lambda: self._open(CONFIGURE),
+            edit=lambda config_id: self._open_form(config_id, as_copy=False),
+            duplicate=lambda config_id: self._open_form(config_id, as_copy=True),
             open_models=lambda: self._open(MODELS),
             open_prompt=self._open_prompt,
         )
@@ -128,6 +137,11 @@ class Panel(w.VBox):
     def _open(self, tab: int) -> None:
         if self._tabs is not None:
             self._tabs.selected_index = tab
+
+    def _open_form(self, config_id: str, *, as_copy: bool) -> None:
+        if self.configure is not None:
+            self.configure.open(config_id, as_copy=as_copy)
+        self._open(CONFIGURE)
 
     def _open_prompt(self, model_id: str) -> None:
         if self.prompt is not None:

@@ -450,7 +450,7 @@ def test_an_option_can_be_set_only_when_it_is_on(asking: Any) -> None:
 
 
 def test_without_a_loaded_model_nothing_can_be_sent(client: Client, lane: Lane) -> None:
-    prompt = PromptTab(Desk(client, lane, Kit(), print, print, print))
+    prompt = PromptTab(Desk(client, lane, Kit(), frozenset({"read", "execute", "write"}), *[print] * 5))
     assert prompt.send.disabled
     assert not hidden(prompt._no_model)
     prompt._on_send()
@@ -459,7 +459,7 @@ def test_without_a_loaded_model_nothing_can_be_sent(client: Client, lane: Lane) 
 
 
 def test_the_first_model_that_is_loaded_is_chosen_without_a_click(client: Client, lane: Lane) -> None:
-    prompt = PromptTab(Desk(client, lane, Kit(), print, print, print))
+    prompt = PromptTab(Desk(client, lane, Kit(), frozenset({"read", "execute", "write"}), *[print] * 5))
     models = [
         {"model_id": name, "config_id": name, "model_name": "n", "model_type": "t", "status": status}
         for name, status in (("a", "unloaded"), ("b", "loaded"), ("c", "loaded"))
