@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Generator, Mapping
@@ -25,6 +26,8 @@ from llmkit.schemas import OPTIONAL_FIELDS, Devices, Health, LoadPlan, LogTail, 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""
 UNLOAD_SECONDS = 60.0
+PERMISSIONS = frozenset({"read", "write", "execute"})
+"""Names of what Jupyter's authorizer is asked for; ``execute`` is to prompt."""
 LOG_SILENCE_SECONDS = 60.0
 """The server says at least that it is there more often than that."""
 
@@ -71,6 +74,18 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def permissions(self) -> frozenset[str]:
+        """Say what this user may do here: ``read``, ``execute`` (prompt), ``write`` (configure, load, unload, delete).
+
+        A server that cannot tell is taken to allow everything: whatever is not allowed it refuses all the same.
+        """
+        params = {"permissions": json.dumps({"llm": sorted(PERMISSIONS)})}
+        try:
+            told = self.connection.call("GET", "api/me", params=params)
+            return PERMISSIONS & frozenset(told["permissions"]["llm"])
+        except (LLMKitError, LookupError, TypeError):
+            return PERMISSIONS
 
     # -- configurations ----------------------------------------------------------------------------------------
 
