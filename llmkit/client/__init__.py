@@ -6,7 +6,7 @@ from llmkit.client.client import Client
 from llmkit.client.discovery import connect
 from llmkit.client.events import Watcher
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType
-from llmkit.client.streaming import AnswerStream
+from llmkit.client.streaming import AnswerStream, Piece
 from llmkit.client.transfer import ImportedList
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Model",
     "ModelList",
     "ModelType",
+    "Piece",
     "Watcher",
     "connect",
 ]

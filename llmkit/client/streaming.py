@@ -7,7 +7,7 @@ import json
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import httpx
 
@@ -27,8 +27,15 @@ class Opener(Protocol):
         ...
 
 
+class Piece(NamedTuple):
+    """What came at once: text of the answer, of the model's reasoning, or of both."""
+
+    text: str
+    reasoning: str
+
+
 class AnswerStream(Iterator[str]):
-    """Pieces of an answer as they come.
+    """Pieces of an answer as they come: its text alone, or with `pieces` also what the model thinks before.
 
     Closing it, leaving its ``with`` block, or interrupting its loop ends the generation on the server.
 
@@ -36,7 +43,7 @@ class AnswerStream(Iterator[str]):
     ----------
     request_id
         Names the request on the server.
-    text
+    text, reasoning
         What has come so far.
     answer
         The whole answer with its usage and timings, once the last piece has been taken; until then None.
@@ -50,6 +57,7 @@ class AnswerStream(Iterator[str]):
     def __init__(self, opener: Opener, body: dict[str, Any], request_id: str) -> None:
         self.request_id = request_id
         self.text = ""
+        self.reasoning = ""
         self.answer: Answer | None = None
         self._opener = opener
         # It knows nothing of this object: a stream that nobody holds any more is closed at once.
@@ -59,17 +67,31 @@ class AnswerStream(Iterator[str]):
         return self
 
     def __next__(self) -> str:
+        while (piece := self._take()) is not None:
+            if piece.text:
+                return piece.text
+        raise StopIteration
+
+    def pieces(self) -> Iterator[Piece]:
+        """Give what comes, the model's reasoning too; the loops over it and over the stream share what there is."""
+        while (piece := self._take()) is not None:
+            yield piece
+
+    def _take(self) -> Piece | None:
         try:
             for frame in self._frames:
                 if "response" in frame:
                     self.answer = Answer.model_validate(frame)
-                elif delta := frame.get("delta"):
-                    self.text += delta
-                    return str(delta)
+                    continue
+                piece = Piece(str(frame.get("delta") or ""), str(frame.get("reasoning") or ""))
+                if any(piece):
+                    self.text += piece.text
+                    self.reasoning += piece.reasoning
+                    return piece
         except BaseException:
             self.close()
             raise
-        raise StopIteration
+        return None
 
     def close(self) -> None:
         """End the generation on the server, if it still runs; for the thread that reads."""
