@@ -16,9 +16,14 @@ class ConfigureModelHandler(LLMHandler):
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def post(self) -> None:
-        """Store a new configuration and answer its ``config_id``."""
+        """Store a new configuration and answer its ``config_id``, or only check it."""
         registry = await self.registry()
-        configuration = await registry.configure(await self.read_body(ModelConfigRequest))
+        dry_run = self.flag("dry_run", default=False)
+        request = await self.read_body(ModelConfigRequest)
+        if dry_run:
+            self.answer({"plan": await registry.check(request)})
+            return
+        configuration = await registry.configure(request)
         self.answer({"config_id": configuration.config_id})
 
 
@@ -50,13 +55,16 @@ class ConfigurationHandler(LLMHandler):
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def put(self, config_id: str) -> None:
-        """Replace a configuration and answer it."""
+        """Replace a configuration and answer it, or only check what would replace it."""
         registry = await self.registry()
         registry.configuration(config_id)  # 404 before a complaint about the body
         body = await self.read_body(StoredConfigRequest)
         if body.config_id not in (None, config_id):
             raise does_not_fit([{"path": "config_id", "message": "is not the one in the path"}])
         reload = self.flag("reload", default=False)
+        if self.flag("dry_run", default=False):
+            self.answer({"plan": await registry.check(body.request(), config_id, reload=reload)})
+            return
         self.answer((await registry.update(config_id, body.request(), reload=reload)).to_wire())
 
     @web.authenticated

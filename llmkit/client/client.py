@@ -120,14 +120,46 @@ class Client:
         DoesNotFit
             If a field is wrong; ``details["fields"]`` names each.
         """
-        body = {
-            "model_id": model_id,
-            "model_name": model_name,
-            "model_type": model_type,
-            "model_kwargs": dict(model_kwargs or {}),
-            **{name: value for name, value in optional.items() if value is not None},
-        }
+        body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
         return self.configuration(self.connection.call("POST", "llm/configure_model/", json=body)["config_id"])
+
+    def check(
+        self,
+        model_id: str,
+        model_name: str,
+        model_type: str,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        config_id: str | None = None,
+        reload: bool = False,
+        **optional: Any,
+    ) -> LoadPlan | None:
+        """Have a configuration checked as `configure` would check it, and store nothing.
+
+        Parameters
+        ----------
+        config_id
+            Of the configuration that it would replace; ``reload`` is then that of `update`.
+        model_id, model_name, model_type, model_kwargs, **optional
+            As of `configure`.
+
+        Returns
+        -------
+        LoadPlan or None
+            What loading it would take; None if the server can load no model of this type.
+
+        Raises
+        ------
+        DoesNotFit, ConfigurationExists, ModelIsLoaded
+            Or what else `configure` or `update` would raise.
+        """
+        body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
+        params = {"dry_run": "true", **({"reload": "true"} if reload else {})}
+        if config_id is None:
+            told = self.connection.call("POST", "llm/configure_model/", json=body, params=params)
+        else:
+            told = self.connection.call("PUT", _path("llm/configuration", config_id), json=body, params=params)
+        return LoadPlan.model_validate(told["plan"]) if told["plan"] is not None else None
 
     def configurations(self) -> list[Configuration]:
         """Give every configuration, oldest first."""
@@ -367,6 +399,22 @@ class Client:
     def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
         """Send a prompt whose answer is streamed; for `AnswerStream`."""
         return self.connection.stream("POST", "llm/inference/", json=body, seconds=ANSWER_SECONDS)
+
+
+def _configuration(
+    model_id: str,
+    model_name: str,
+    model_type: str,
+    model_kwargs: Mapping[str, Any] | None,
+    optional: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "model_id": model_id,
+        "model_name": model_name,
+        "model_type": model_type,
+        "model_kwargs": dict(model_kwargs or {}),
+        **{name: value for name, value in optional.items() if value is not None},
+    }
 
 
 def _path(resource: str, name: str) -> str:

@@ -247,6 +247,16 @@ class Configurations:
 
     # -- writing -------------------------------------------------------------------------------------------
 
+    def draft(self, request: ModelConfigRequest) -> Configuration:
+        """Check a new configuration as `insert` does, and store nothing; it has no ``config_id`` yet.
+
+        Raises
+        ------
+        DoesNotFit, KeyNotAllowed
+        """
+        configuration, _ = self._part(request, "", None)
+        return configuration
+
     async def insert(self, request: ModelConfigRequest) -> Configuration:
         """Check and store a new configuration.
 
@@ -272,6 +282,12 @@ class Configurations:
     async def prepare(self, request: ModelConfigRequest, stored: Configuration) -> tuple[Configuration, Secret | None]:
         """Check a replacement of a stored configuration; `replace` then writes it."""
         return self._part(request, stored.config_id, await self.secret(stored))
+
+    async def check_not_live_elsewhere(self, config_id: str) -> None:
+        """Raise `ModelLiveElsewhere` where `replace` would."""
+        store, _ = self._opened
+        presence = self._here
+        await self._io(store.check_not_live_elsewhere, config_id, presence.server_id, presence.alive)
 
     async def replace(self, configuration: Configuration, secret: Secret | None, stored: Configuration) -> None:
         """Store a replacement of what is stored, and its key.

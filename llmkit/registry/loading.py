@@ -162,9 +162,16 @@ class Loader:
                 await self.release(model)
         self._unreleased &= {model.configuration.config_id for model in self._models()}
 
-    async def plan(self, model: Model) -> LoadPlan:
-        """Say what a load would take, and from whom; nothing is changed."""
-        configuration = model.configuration
+    async def plan(self, configuration: Configuration, model: Model | None = None) -> LoadPlan:
+        """Say what a load would take, and from whom; nothing is changed.
+
+        Parameters
+        ----------
+        configuration
+            What would be loaded.
+        model
+            Its live side, if it has one: that goes before another configuration of it is loaded.
+        """
         unavailable = self._stored.engine_type(configuration).unavailable()
         if unavailable is not None:
             raise unavailable
@@ -172,9 +179,13 @@ class Loader:
         head = {"model_id": configuration.model_id, "config_id": configuration.config_id}
         if estimate is None:
             return LoadPlan(**head, estimate=None, fits=True, reason="it takes no memory of this machine")
-        if model.status == "loaded":
+        if model is not None and model.status == "loaded" and model.configuration is configuration:
             return LoadPlan(**head, estimate=estimate, fits=True, reason="it is loaded")
         free = await self._free(estimate)
+        if free is not None and model is not None and self.is_here(model):
+            for device, held in _held(model, estimate).items():
+                if device in free:
+                    free[device] += held
         candidates = self._candidates(configuration, estimate)
         room = self._room(estimate, free, candidates, configuration)
         evictable = sum(sum(c.held.values()) for c in candidates if not c.busy)
@@ -270,8 +281,7 @@ class Loader:
             if model.configuration.config_id in self._local and model.idle_since is not None:
                 if model.status != "loaded" or model.configuration.config_id == configuration.config_id:
                     continue
-                memory = model.snapshot().memory
-                held = memory.gpus if estimate.device == "gpu" else {_RAM: memory.pss_bytes or 0}
+                held = _held(model, estimate)
                 found.append(Candidate(model.configuration.model_id, held, model.idle_since, model.busy))
         return found
 
@@ -346,6 +356,12 @@ class Loader:
         engine = {k: v for k, v in self._stored.sorted(configuration).engine.items() if k != ARGUMENT}
         told: list[Any] = [configuration.model_type, configuration.model_name, engine]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _held(model: Model, estimate: MemoryEstimate) -> dict[int, int]:
+    """Give what a model holds of each device of the kind that a load is for."""
+    memory = model.snapshot().memory
+    return memory.gpus if estimate.device == "gpu" else {_RAM: memory.pss_bytes or 0}
 
 
 def _usable(free: dict[int, int] | None, estimate: MemoryEstimate) -> int | None:

@@ -21,6 +21,7 @@ from llmkit.errors import (
     ConfigurationExists,
     ConfigurationNotFound,
     ConfigurationReadOnly,
+    EngineNotInstalled,
     LLMKitError,
     ModelIsLoaded,
     ModelNotFound,
@@ -36,7 +37,7 @@ from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
 from llmkit.registry.readiness import Mode, Readiness
 from llmkit.registry.requests import Requests, no_engine_here
-from llmkit.registry.secrets import KeyPolicy
+from llmkit.registry.secrets import KeyPolicy, Secret
 from llmkit.schemas import (
     API_VERSION,
     Configuration,
@@ -76,6 +77,17 @@ class Settings:
     url: str = ""
     """Of this server, for the words of another that shares its home."""
     configurations: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A replacement that was checked; `configuration` is what is stored if it is equal to that."""
+
+    model: Model
+    stored: Configuration
+    configuration: Configuration
+    secret: Secret | None = None
+    new_engine: bool = False
 
 
 class ModelRegistry:
@@ -254,7 +266,8 @@ class ModelRegistry:
 
     async def plan(self, config_id: str) -> schemas.LoadPlan:
         """Say what a load would take, or raise `ConfigurationNotFound`."""
-        return await self._loader.plan(self._by_config_id(config_id))
+        model = self._by_config_id(config_id)
+        return await self._loader.plan(model.configuration, model)
 
     async def log_tail(self, model_id: str, count: int) -> list[str]:
         """Give the last lines of an engine's log, or raise `ModelNotFound`; none if there is no engine of ours."""
@@ -387,13 +400,9 @@ class ModelRegistry:
         ConfigurationExists
             If another configuration has the ``model_id``.
         """
-        self._check_open()
-        await self._catch_up()
-        if request.model_id in self._models:
-            stored = self._models[request.model_id].configuration
-            if await self._stored.is_same(request, stored):
-                return stored
-            raise exists(stored)
+        same = await self._same_as(request)
+        if same is not None:
+            return same.configuration
         try:
             configuration = await self._stored.insert(request)
         except ConfigurationExists:
@@ -405,6 +414,44 @@ class ModelRegistry:
         self._changed(self._add(configuration), "configured")
         return configuration
 
+    async def check(
+        self, request: ModelConfigRequest, config_id: str | None = None, *, reload: bool = False
+    ) -> schemas.LoadPlan | None:
+        """Check what `configure` would store, with ``config_id`` what `update` would; nothing is changed.
+
+        Returns
+        -------
+        LoadPlan or None
+            What loading it would take; None if nothing of its type can be loaded here.
+
+        Raises
+        ------
+        LLMKitError
+            What `configure` or `update` would raise.
+        """
+        if config_id is None:
+            model = await self._same_as(request)
+            configuration = self._stored.draft(request) if model is None else model.configuration
+        else:
+            change = await self._change(config_id, request, reload=reload)
+            if change.configuration is not change.stored:
+                await self._stored.check_not_live_elsewhere(config_id)
+            # What the engine was started with decides what a load takes.
+            model, configuration = change.model, change.configuration if change.new_engine else change.stored
+        try:
+            return await self._loader.plan(configuration, model)
+        except EngineNotInstalled:  # it can be configured all the same
+            return None
+
+    async def _same_as(self, request: ModelConfigRequest) -> Model | None:
+        """Give the model that a new configuration is equal to; None if its ``model_id`` is free."""
+        self._check_open()
+        await self._catch_up()
+        model = self._models.get(request.model_id)
+        if model is not None and not await self._stored.is_same(request, model.configuration):
+            raise exists(model.configuration)
+        return model
+
     async def update(self, config_id: str, request: ModelConfigRequest, *, reload: bool = False) -> Configuration:
         """Replace a configuration.
 
@@ -415,6 +462,27 @@ class ModelRegistry:
         ------
         ConfigurationNotFound, ConfigurationReadOnly, DoesNotFit, KeyNotAllowed, ModelIsLoaded
         """
+        change = await self._change(config_id, request, reload=reload)
+        model, stored, configuration = change.model, change.stored, change.configuration
+        if configuration is stored:
+            return stored
+        was_live = model.live
+        # Before it is written, so that a load or a change that comes meanwhile is one of the new configuration.
+        self._apply(model, configuration)
+        try:
+            await self._stored.replace(configuration, change.secret, stored)
+        except BaseException:
+            if model.configuration is configuration:
+                self._apply(model, stored)
+            raise
+        self._changed(model, "updated")
+        if change.new_engine and was_live:
+            await model.unload()
+            model.start_loading()
+        return configuration
+
+    async def _change(self, config_id: str, request: ModelConfigRequest, *, reload: bool) -> _Change:
+        """Check a replacement against what is stored at the moment in which it returns."""
         self._check_open()
         await self._catch_up()
         model = self._by_config_id(config_id)
@@ -424,34 +492,21 @@ class ModelRegistry:
             detail = {"path": "model_id", "message": f"must stay `{stored.model_id}`"}
             raise does_not_fit([detail], hint="POST /llm/configure_model/ makes another model.")
         if await self._stored.is_same(request, stored):
-            return stored
+            return _Change(model, stored, stored)
         configuration, secret = await self._stored.prepare(request, stored)
         if model.configuration is not stored:
-            return await self.update(config_id, request, reload=reload)  # somebody was faster: against theirs
+            return await self._change(config_id, request, reload=reload)  # somebody was faster: against theirs
         new_engine = (
             (configuration.model_name, configuration.model_type) != (stored.model_name, stored.model_type)
             # A new raw key has a new mark among the arguments.
             or self._stored.sorted(configuration).engine != self._stored.sorted(stored).engine
         )
-        was_live = model.live
-        if new_engine and was_live and not reload:
+        if new_engine and model.live and not reload:
             raise ModelIsLoaded(
                 f"`{stored.model_id}` is {model.status}; its engine cannot change while it runs.",
                 hint="Unload it first, or send the same with ?reload=true.",
             )
-        # Before it is written, so that a load or a change that comes meanwhile is one of the new configuration.
-        self._apply(model, configuration)
-        try:
-            await self._stored.replace(configuration, secret, stored)
-        except BaseException:
-            if model.configuration is configuration:
-                self._apply(model, stored)
-            raise
-        self._changed(model, "updated")
-        if new_engine and was_live:
-            await model.unload()
-            model.start_loading()
-        return configuration
+        return _Change(model, stored, configuration, secret, new_engine=new_engine)
 
     async def delete(self, config_id: str, *, unload: bool = False) -> None:
         """Delete a configuration and its key.

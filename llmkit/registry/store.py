@@ -110,6 +110,11 @@ class Store(Database):
             for table in ("configurations", "live", "loads"):
                 connection.execute(f"DELETE FROM {table} WHERE config_id = ?", (config_id,))  # noqa: S608  # ours
 
+    def check_not_live_elsewhere(self, config_id: str, server_id: str, alive: Alive) -> None:
+        """Raise `ModelLiveElsewhere` where `replace` and `delete` would."""
+        with self.read() as connection:
+            _check_not_live_elsewhere(connection, config_id, server_id, alive)
+
     # -- servers and loads -----------------------------------------------------------------------------------
 
     def register(self, server_id: str, url: str, alive: Alive) -> None:

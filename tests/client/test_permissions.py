@@ -35,8 +35,9 @@ async def test_what_the_authorizer_refuses_is_missing(
     def ask() -> frozenset[str]:
         url = f"http://127.0.0.1:{jp_http_port}{jp_base_url}"
         with connect(url, jp_serverapp.identity_provider.token) as client:
-            with pytest.raises(NotAllowed):  # it is no matter of words
-                client.configure("demo", "llmkit/demo", "vllm")
+            for change in (client.configure, client.check):  # it is no matter of words
+                with pytest.raises(NotAllowed):
+                    change("demo", "llmkit/demo", "vllm")
             return client.permissions()
 
     assert await asyncio.to_thread(ask) == {"read", "execute"}
