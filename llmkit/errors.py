@@ -9,10 +9,12 @@ classes, so that a notebook sees the server's words.
     ├── MalformedRequest            400 malformed_request
     ├── NotAuthenticated            401 not_authenticated
     ├── NotAllowed                  403 not_allowed
+    │   └── ConversationsNotKept        conversations_not_kept
     ├── NotFound                    404 not_found
     │   ├── ConfigurationNotFound       configuration_not_found
     │   ├── ModelNotFound               model_not_found
-    │   └── RequestNotFound             request_not_found
+    │   ├── RequestNotFound             request_not_found
+    │   └── ConversationNotFound        conversation_not_found
     ├── MethodNotAllowed            405 method_not_allowed
     ├── WrongState                  409 wrong_state
     │   ├── ConfigurationExists         configuration_exists
@@ -22,6 +24,7 @@ classes, so that a notebook sees the server's words.
     │   ├── ModelUnloaded               model_unloaded
     │   ├── RequestCancelled            request_cancelled
     │   ├── ModelLiveElsewhere          model_live_elsewhere
+    │   ├── ConversationChanged         conversation_changed
     │   ├── NoRoom                      no_room
     │   └── LoadCancelled               load_cancelled
     ├── TooLarge                    413 too_large
@@ -142,6 +145,12 @@ class NotAllowed(LLMKitError):
     status, code = 403, "not_allowed"
 
 
+class ConversationsNotKept(NotAllowed):
+    """The operator of this server has it keep no conversations."""
+
+    code = "conversations_not_kept"
+
+
 class NotFound(LLMKitError):
     """There is nothing at this path."""
 
@@ -164,6 +173,12 @@ class RequestNotFound(NotFound):
     """No running request has this ``request_id``."""
 
     code = "request_not_found"
+
+
+class ConversationNotFound(NotFound):
+    """No conversation that is kept has this ``conversation_id``."""
+
+    code = "conversation_not_found"
 
 
 class MethodNotAllowed(LLMKitError):
@@ -218,6 +233,12 @@ class ModelLiveElsewhere(WrongState):
     """Another server of this home has the model loaded."""
 
     code = "model_live_elsewhere"
+
+
+class ConversationChanged(WrongState):
+    """The conversation that is kept is not the one that this one follows."""
+
+    code = "conversation_changed"
 
 
 class NoRoom(WrongState):

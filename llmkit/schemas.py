@@ -17,6 +17,7 @@ API_VERSION: Final = "1"
 MODEL_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$"
 MAX_CONFIGURATION_BYTES: Final = 1 << 20
 MAX_PROMPT_BYTES: Final = 32 << 20
+MAX_CONVERSATION_BYTES: Final = 4 << 20
 
 
 def _no_control_characters(text: str) -> str:
@@ -49,6 +50,11 @@ ModelType = Annotated[
     str,
     StringConstraints(min_length=1, max_length=64),
     Field(title="Type", description="The engine that runs it.", examples=["vllm", "openai"]),
+]
+ConversationId = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),
+    Field(description="Chosen by the client: letters, digits and . _ -, at most 64 characters."),
 ]
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 
@@ -537,7 +543,7 @@ class Conversation(ConversationRequest):
 
     conversation_id: str
     revision: int
-    updated_at: datetime
+    updated_at: Annotated[datetime, Field(strict=False)]  # text, in JSON
 
 
 class ConversationSummary(Wire):
