@@ -1,0 +1,287 @@
+"""The tab *Compare*: one prompt to several models, or to one model with several parameters, at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import ipywidgets as w
+import traitlets
+
+from llmkit.client import Answer, AnswerStream
+from llmkit.errors import LLMKitError
+from llmkit.panel import code, comparison, markup
+from llmkit.panel.code_view import CodeView
+from llmkit.panel.comparison import Row
+from llmkit.panel.desk import Desk
+from llmkit.panel.options import generation_options
+from llmkit.panel.pace import paced
+from llmkit.panel.transcript import Transcript
+from llmkit.panel.widgets import assign, beside_cells, close_all, show
+from llmkit.schemas import Snapshot
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FEWEST, MOST = 2, 6
+KEPT_ROWS = 200
+STOP_TRIES = 25
+STOP_PAUSE_SECONDS = 0.2
+FIRST_QUESTION = "What is the capital of France?"
+NO_MODEL = "No model is loaded. Load one under Models."
+MAY_NOT = "This account may not prompt models."
+
+
+class ColumnHead(anywidget.AnyWidget):
+    """The heading of a column, which also names the column to those who hear the page."""
+
+    _esm = Path(__file__).parent / "static" / "column_head.js"
+    text = traitlets.Unicode().tag(sync=True)
+
+
+class Column:
+    """One model with its own parameters, and its answers. Everything but `_read` happens on the panel's thread."""
+
+    def __init__(self, desk: Desk, name: str, on_change: Callable[[], Any], on_remove: Callable[[Column], Any]) -> None:
+        self._desk = desk
+        self.name = name
+        self._stream: AnswerStream | None = None
+        self._stopping = False
+        self._ended = threading.Event()
+
+        kit = desk.kit
+        self.model = kit.make(w.Dropdown, description="Model", options=())
+        self.system = kit.make(w.Textarea, description="System prompt (optional)", rows=1, continuous_update=False)
+        for field in (self.model, self.system):
+            field.add_class("llmkit-field-top")
+        self.options = generation_options(desk)
+        self.transcript = kit.make(Transcript, compact=True, placeholder="The answer appears here.")
+        self.remove = kit.button("Remove", lambda: desk.lane.call(lambda: on_remove(self)), tip=f"Remove column {name}")
+        self.widget = kit.box(
+            kit.row(kit.make(ColumnHead, text=f"Column {name}"), self.remove, name="llmkit-column-top"),
+            self.model,
+            self.system,
+            kit.box(*(option.widget for option in self.options.values()), name="llmkit-column-options"),
+            self.transcript,
+            name="llmkit-column",
+        )
+        controls = [one for option in self.options.values() for one in (option.switch, option.control)]
+        for control in (self.model, self.system, *controls):
+            control.observe(lambda _: desk.lane.call(on_change), "value")
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._stream is not None
+
+    def offer(self, loaded: tuple[str, ...], known: tuple[str, ...], default: str | None) -> None:
+        """Offer the models that are loaded; one that was chosen stays, so that what is compared does not change."""
+        chosen = self.model.value
+        options = [(name, name) for name in loaded]
+        if chosen in known and chosen not in loaded:
+            options.append((f"{chosen} (not loaded)", chosen))
+        if tuple(options) != tuple(self.model.options):
+            names = [name for _, name in options]
+            self.model.options = options
+            self.model.value = next((one for one in (chosen, default) if one in names), next(iter(names), None))
+
+    def body(self, prompt: str) -> dict[str, Any] | None:
+        """Give what is sent, as the body of ``POST /llm/inference/``; None without a model."""
+        if self.model.value is None:
+            return None
+        system = self.system.value.strip()
+        options = {"system": system} if system else {}
+        for option in self.options.values():
+            options |= option.given
+        return {"model_id": self.model.value, "prompt": prompt, "inference_kwargs": options}
+
+    def begin(self, run: int, body: dict[str, Any], then: Callable[[Row], Any]) -> Row:
+        """Ask, and give the row that is filled when the answer has ended, however it ends; ``then`` gets it, too."""
+        row = comparison.asked(run, self.name, body)
+        stream = self._desk.client.stream(body["model_id"], body["prompt"], **body["inference_kwargs"])
+        self._stream, self._stopping = stream, False
+        self._ended.clear()
+        self.transcript.begin(body["model_id"], body["prompt"])
+
+        def done(answer: Answer | None) -> None:
+            self._stream = None
+            row.update(comparison.measured(answer) if answer else {"response": stream.text})
+            self.transcript.end(comparison.note(row), tool_calls=(answer and answer.tool_calls) or ())
+            then(row)
+
+        def failed(error: LLMKitError) -> None:
+            self._stream = None
+            row["response"] = stream.text
+            if self._stopping:
+                row["finish_reason"] = "stopped"
+                self.transcript.end("Stopped.", "stopped")
+            else:
+                row["error"] = str(error)
+                self.transcript.end(str(error), "failed")
+            then(row)
+
+        self._desk.lane.ask(lambda: self._read(stream), done, failed)
+        return row
+
+    def _read(self, stream: AnswerStream) -> Answer | None:
+        try:
+            for piece in paced(stream.pieces()):
+                self.transcript.append(piece.text, piece.reasoning)
+            return stream.answer
+        finally:
+            self._ended.set()
+
+    def stop(self) -> None:
+        """End the answer that is on its way."""
+        stream = self._stream
+        if stream is None:
+            return
+        self._stopping = True
+
+        def work() -> None:
+            # A request that is only on its way cannot be cancelled yet.
+            for _ in range(STOP_TRIES):
+                stream.cancel()
+                if self._ended.wait(STOP_PAUSE_SECONDS):
+                    return
+
+        self._desk.lane.ask(work)
+
+
+class CompareTab:
+    """Asks several at once."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._loaded: tuple[str, ...] = ()
+        self._known: tuple[str, ...] = ()
+        self._run = 0
+        self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
+        self._latest: list[Row] = []
+
+        kit = desk.kit
+        self._hint = kit.html()
+        self.prompt = kit.make(
+            w.Textarea,
+            description="Prompt for all columns",
+            value=FIRST_QUESTION,
+            rows=2,
+            continuous_update=False,
+            placeholder="Ask something; Ctrl+Enter sends it",
+        )
+        self.prompt.add_class("llmkit-user-prompt")
+        self.prompt.add_class("llmkit-field-top")
+        self.run = kit.button(
+            "Run", lambda: desk.lane.call(self._begin), style="primary", tip="Ask all columns at once (Ctrl+Enter)"
+        )
+        self.run.add_class("llmkit-send")
+        self.stop = kit.button("Stop", lambda: desk.lane.call(self._stop), tip="End all answers")
+        self.add = kit.button("Add a column", lambda: desk.lane.call(self._add), tip="Compare one more")
+        self.columns: list[Column] = []
+        self._columns = kit.box(name="llmkit-columns")
+        self.table = kit.html()
+        about = kit.html(markup.hint("panel.comparison() gives this as a DataFrame, every run of this panel in it."))
+        self.code = CodeView(kit)
+        self.widget = kit.box(
+            self._hint,
+            self.prompt,
+            kit.row(self.run, self.stop, self.add, name="llmkit-buttons"),
+            self._columns,
+            self.table,
+            about,
+            self.code.widget,
+            name="llmkit-tab",
+        )
+        self.prompt.observe(lambda _: desk.lane.call(self._show_code), "value")
+        for _ in range(FEWEST):
+            self._add()
+        beside_cells(self.widget)
+
+    @property
+    def results(self) -> list[Row]:
+        """What was measured, a row for each answer, the latest 200."""
+        return sorted(map(dict, tuple(self._rows)), key=lambda row: (row["run"], row["column"]))
+
+    def to_dataframe(self) -> DataFrame:
+        """Give `results` as a DataFrame, or raise an `LLMKitError` if pandas is not installed."""
+        return comparison.to_dataframe(self.results)
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Offer the models that are loaded now."""
+        self._loaded = tuple(model.model_id for model in snapshot.models if model.status == "loaded")
+        self._known = tuple(model.model_id for model in snapshot.models)
+        for number, column in enumerate(self.columns):
+            self._offer(number, column)
+        self._draw()
+
+    def _offer(self, number: int, column: Column) -> None:
+        # Each column begins with another model, as long as there are so many.
+        default = self._loaded[number % len(self._loaded)] if self._loaded else None
+        column.offer(self._loaded, self._known, default)
+
+    def _draw(self) -> None:
+        answering = any(column.answering for column in self.columns)
+        may = "execute" in self._desk.may
+        ready = any(column.model.value is not None for column in self.columns)
+        assign(self._hint, value=markup.hint(MAY_NOT if not may else NO_MODEL) if not (may and ready) else "")
+        assign(self.run, disabled=answering or not (may and ready))
+        assign(self.stop, disabled=not answering)
+        assign(self.table, value=comparison.table(self._latest))
+        assign(self.add, disabled=answering or len(self.columns) >= MOST)
+        for column in self.columns:
+            assign(column.remove, disabled=answering)
+            show(column.remove, visible=len(self.columns) > FEWEST)
+        self._show_code()
+
+    def _show_code(self) -> None:
+        bodies = [body for column in self.columns if (body := column.body(self.prompt.value)) is not None]
+        self.code.show(*([("Compare", code.compare(bodies))] if bodies else []))
+
+    # -- columns -----------------------------------------------------------------------------------------------
+
+    def _add(self) -> None:
+        taken = {column.name for column in self.columns}
+        name = next((letter for letter in "ABCDEF" if letter not in taken), None)
+        if name is None or any(column.answering for column in self.columns):
+            return
+        column = Column(self._desk, name, self._draw, self._remove)
+        self.columns.append(column)
+        self._offer(len(self.columns) - 1, column)
+        beside_cells(column.widget)
+        self._place()
+
+    def _remove(self, column: Column) -> None:
+        if column not in self.columns or len(self.columns) <= FEWEST or column.answering:
+            return
+        self.columns.remove(column)
+        self._place()
+        close_all(column.widget)
+
+    def _place(self) -> None:
+        self._columns.children = tuple(column.widget for column in self.columns)
+        self._draw()
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        prompt = self.prompt.value
+        asked = [(column, body) for column in self.columns if (body := column.body(prompt)) is not None]
+        if not asked or not prompt.strip() or any(column.answering for column in self.columns):
+            return
+        if "execute" not in self._desk.may:
+            return
+        self._run += 1
+        self._latest = [column.begin(self._run, body, self._end) for column, body in asked]
+        self._draw()
+
+    def _end(self, row: Row) -> None:
+        self._rows.append(row)
+        self._draw()
+
+    def _stop(self) -> None:
+        for column in self.columns:
+            column.stop()
