@@ -241,18 +241,19 @@ def _text(value: str) -> str:
 
 def _curl(method: str, path: str, body: Mapping[str, Any] | None = None, behind: str = "") -> str:
     """Give one command; the address may end in a slash or not."""
-    streams = "N" if body is not None and (body.get("inference_kwargs") or {}).get("stream") else ""
-    words = [f'curl -sS{streams} -X {method} "${{LLMKIT_SERVER_URL%/}}/llm/{path}"']
+    streams = body is not None and bool((body.get("inference_kwargs") or {}).get("stream"))
+    how = "-sSN" if streams else "-sS -w '\\n'"  # an answer does not end its line itself
+    words = [f'curl {how} -X {method} "${{LLMKIT_SERVER_URL%/}}/llm/{path}"']
     words.append('-H "Authorization: token $LLMKIT_TOKEN"')
     if body is None:
-        return f" \\\n{'  '}".join(words) + behind + "\n"
+        return " \\\n  ".join(words) + "\n"
     words.append('-H "Content-Type: application/json"')
     told = _json(body)
     if len(told.encode()) <= LONGEST_ARGUMENT:
         words.append(f"-d {shlex.quote(told)}{behind}\n")
     else:
         # No line of the JSON is the word that ends it: each begins with a bracket or a space.
-        words.append(f"--data-binary @-{behind} <<'END'\n{told}\nEND\n")
+        words.append(f"--data-binary @- <<'END'{behind}\n{told}\nEND\n")
     return " \\\n  ".join(words)
 
 

@@ -20,7 +20,7 @@ class CodeFold(anywidget.AnyWidget):
     """Shows code once it is opened. Until then nothing is sent, so that typing costs nothing while it is folded."""
 
     _esm = Path(__file__).parent / "static" / "code_view.js"
-    open = traitlets.Bool(False).tag(sync=True)  # noqa: FBT003  # a trait's default has no name
+    unfolded = traitlets.Bool(False).tag(sync=True)  # noqa: FBT003  # a trait's default has no name
 
     def __init__(self, **values: Any) -> None:
         # A page's words come on another thread than the panel's.
@@ -29,7 +29,7 @@ class CodeFold(anywidget.AnyWidget):
         self._sent: tuple[tuple[str, Code], ...] | None = None
         super().__init__(**values)
         self.on_msg(self._receive)
-        self.observe(lambda _: self._send_new(), "open")
+        self.observe(lambda _: self._send_new(), "unfolded")
 
     def show(self, *titled: tuple[str, Code]) -> None:
         """Show other code, at once or when it is opened."""
@@ -39,7 +39,7 @@ class CodeFold(anywidget.AnyWidget):
 
     def _send_new(self) -> None:
         with self._lock:
-            if self.open and self._sent != self._code:
+            if self.unfolded and self._sent != self._code:
                 self._sent = self._code
                 self.send({"type": "code", "items": [_shown(title, code) for title, code in self._code]})
 

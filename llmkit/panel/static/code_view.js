@@ -94,7 +94,7 @@ export default () => {
   };
 
   const draw = (view) => {
-    const open = view.model.get("open");
+    const open = view.model.get("unfolded");
     view.fold.setAttribute("aria-expanded", String(open));
     view.body.hidden = !open;
     for (const [name, choice] of Object.entries(view.choices)) choice.setAttribute("aria-pressed", String(name === language));
@@ -118,7 +118,7 @@ export default () => {
           waiting.delete(message.request);
         }
       });
-      model.on("change:open", () => views.forEach(draw));
+      model.on("change:unfolded", () => views.forEach(draw));
       model.send({ type: "hello" });
     },
     render({ model, el }) {
@@ -133,7 +133,7 @@ export default () => {
         said: element("div", "llmkit-hint llmkit-code-said"),
       };
       view.fold = button("llmkit-code-fold", "Show as code", () => {
-        model.set("open", !model.get("open"));
+        model.set("unfolded", !model.get("unfolded"));
         model.save_changes();
       });
       view.fold.setAttribute("aria-controls", id);
