@@ -25,6 +25,7 @@ from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
 from llmkit.registry.changes import Event
 from llmkit.registry.registry import ModelRegistry, Settings
+from llmkit.schemas import MAX_CONVERSATION_BYTES
 
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"
@@ -112,6 +113,17 @@ class LLMKitApp(ExtensionApp):
         default_value=False,
         help="Keep what was asked and answered in the record of requests, too. Whoever may read this server's "
         "endpoints can then read it.",
+    ).tag(config=True)
+    max_conversations = Int(
+        200,
+        min=0,
+        help="Conversations of the panel that are kept (conversations.sqlite); the oldest go first. 0 keeps none. "
+        "Whoever may read this server's endpoints can read them.",
+    ).tag(config=True)
+    max_conversation_bytes = Int(
+        64 << 20,
+        min=MAX_CONVERSATION_BYTES,
+        help="Bytes of all conversations that are kept, together; the oldest go first.",
     ).tag(config=True)
     configurations = List(
         Dict(),
@@ -202,6 +214,8 @@ class LLMKitApp(ExtensionApp):
                 standby=self.standby,
                 record_bodies=self.record_bodies,
                 max_record_bytes=self.max_record_bytes,
+                max_conversations=self.max_conversations,
+                max_conversation_bytes=self.max_conversation_bytes,
                 url=self._server.connection_url,
             )
             registry = ModelRegistry(settings, self._emit, self.log)

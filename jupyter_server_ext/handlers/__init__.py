@@ -11,6 +11,7 @@ from jupyter_server_ext.handlers.configurations import (
     ConfigureModelHandler,
     ModelTypesHandler,
 )
+from jupyter_server_ext.handlers.conversations import ConversationHandler, ConversationsHandler
 from jupyter_server_ext.handlers.inference import InferenceHandler, RequestHandler, RequestsHandler
 from jupyter_server_ext.handlers.models import (
     LoadedModelsHandler,
@@ -46,6 +47,8 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/inference/?", InferenceHandler),
     (r"/llm/inference/([^/]+)/?", RequestHandler),
     (r"/llm/requests/?", RequestsHandler),
+    (r"/llm/conversations/?", ConversationsHandler),
+    (r"/llm/conversations/([^/]+)/?", ConversationHandler),
     (r"/llm/model_types/?", ModelTypesHandler),
     (r"/llm/models/?", ModelsHandler),
     (r"/llm/models/([^/]+)/?", ModelHandler),

@@ -21,7 +21,18 @@ from llmkit.client.results import Answer, Configuration, Model, ModelList, Model
 from llmkit.client.streaming import AnswerStream, read_events
 from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
-from llmkit.schemas import OPTIONAL_FIELDS, Devices, Health, LoadPlan, LogTail, Memory, Snapshot
+from llmkit.schemas import (
+    OPTIONAL_FIELDS,
+    Conversation,
+    ConversationList,
+    ConversationRequest,
+    Devices,
+    Health,
+    LoadPlan,
+    LogTail,
+    Memory,
+    Snapshot,
+)
 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""
@@ -399,6 +410,44 @@ class Client:
     def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
         """Send a prompt whose answer is streamed; for `AnswerStream`."""
         return self.connection.stream("POST", "llm/inference/", json=body, seconds=ANSWER_SECONDS)
+
+    # -- conversations -----------------------------------------------------------------------------------------
+
+    def conversations(self) -> ConversationList:
+        """Give what the server knows of the conversations that it keeps, what was changed last first."""
+        return ConversationList.model_validate(self.connection.call("GET", "llm/conversations/"))
+
+    def conversation(self, conversation_id: str) -> Conversation:
+        """Give one conversation, or raise `ConversationNotFound`."""
+        told = self.connection.call("GET", _path("llm/conversations", conversation_id))
+        return Conversation.model_validate({k: v for k, v in told.items() if k in Conversation.model_fields})
+
+    def save_conversation(self, conversation_id: str, body: ConversationRequest) -> int:
+        """Have a conversation kept as it is now, and give its new revision.
+
+        Parameters
+        ----------
+        conversation_id
+            Your name for it: letters, digits and ``. _ -``, at most 64. A new one makes a new conversation.
+        body
+            The whole conversation; with a ``revision`` only if that is the one that is kept, 0 for none.
+
+        Raises
+        ------
+        ConversationChanged
+            If another revision is kept, or none; that stays as it is.
+        ConversationsNotKept
+            If the server keeps no conversations.
+        TooLarge
+            If it has more than 4 MiB.
+        """
+        path = _path("llm/conversations", conversation_id)
+        sent = body.model_dump(mode="json", exclude_defaults=True)
+        return int(self.connection.call("PUT", path, json=sent)["revision"])
+
+    def delete_conversation(self, conversation_id: str) -> None:
+        """Have a conversation forgotten, or raise `ConversationNotFound`."""
+        self.connection.call("DELETE", _path("llm/conversations", conversation_id))
 
 
 def _configuration(

@@ -32,6 +32,7 @@ from llmkit.inference.running import read_record
 from llmkit.process.devices import Devices
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
+from llmkit.registry.conversations import MOST, MOST_BYTES, Conversations
 from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
@@ -74,6 +75,8 @@ class Settings:
     standby: Mode = "off"
     record_bodies: bool = False
     max_record_bytes: int = 64 << 20
+    max_conversations: int = MOST
+    max_conversation_bytes: int = MOST_BYTES
     url: str = ""
     """Of this server, for the words of another that shares its home."""
     configurations: Sequence[Mapping[str, Any]] = ()
@@ -112,6 +115,8 @@ class ModelRegistry:
     ----------
     requests
         Prompts go there.
+    conversations
+        Those that are kept.
     """
 
     def __init__(
@@ -165,6 +170,9 @@ class ModelRegistry:
         self.requests = Requests(
             self._for_request, self._metrics, self._history, logger, record_bodies=settings.record_bodies
         )
+        self.conversations = Conversations(
+            settings.state_dir, most=settings.max_conversations, most_bytes=settings.max_conversation_bytes
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._behind = False
@@ -216,6 +224,7 @@ class ModelRegistry:
         await self._readiness.close()
         self._metrics.hide()
         await self._history.close()
+        await self.conversations.close()
         await self._stored.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -232,7 +241,7 @@ class ModelRegistry:
 
     def health(self) -> Health:
         """Say whether registry and store are well."""
-        problems = [*self._stored.problems(), *self._history.problems()]
+        problems = [*self._stored.problems(), *self._history.problems(), *self.conversations.problems()]
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,

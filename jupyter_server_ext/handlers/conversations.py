@@ -1,0 +1,53 @@
+"""Conversations that the server keeps: list, get, store, forget."""
+
+from __future__ import annotations
+
+from jupyter_server.auth.decorator import authorized
+from tornado import web
+
+from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
+from llmkit.schemas import MAX_CONVERSATION_BYTES, ConversationRequest
+
+
+class ConversationsHandler(LLMHandler):
+    """``GET /llm/conversations/``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """List the conversations that are kept, what was changed last first."""
+        registry = await self.registry()
+        self.answer(await registry.conversations.summaries())
+
+
+class ConversationHandler(LLMHandler):
+    """``/llm/conversations/{conversation_id}``."""
+
+    max_body_bytes = MAX_CONVERSATION_BYTES
+
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self, conversation_id: str) -> None:
+        """Answer one conversation."""
+        self._track_activity = False  # who writes one is at work, unlike who looks
+        registry = await self.registry()
+        self.answer(await registry.conversations.get(conversation_id))
+
+    @web.authenticated
+    @authorized("execute", resource=RESOURCE)
+    async def put(self, conversation_id: str) -> None:
+        """Keep a conversation as it is now, and answer its revision."""
+        registry = await self.registry()
+        request = await self.read_body(ConversationRequest)
+        revision, updated_at = await registry.conversations.put(conversation_id, request)
+        self.answer({"conversation_id": conversation_id, "revision": revision, "updated_at": updated_at})
+
+    @web.authenticated
+    @authorized("execute", resource=RESOURCE)
+    async def delete(self, conversation_id: str) -> None:
+        """Forget a conversation."""
+        registry = await self.registry()
+        await registry.conversations.delete(conversation_id)
+        self.answer({"message": "Conversation deleted", "conversation_id": conversation_id})
