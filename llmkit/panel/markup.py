@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from datetime import datetime
 from html import escape
+from typing import Any
 
 from llmkit.client.loading import PHASES
 from llmkit.client.results import describe_bytes, describe_download, describe_memory
@@ -38,13 +41,20 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def model_head(model: Model) -> str:
-    """Give name, status and facts of a model."""
+    """Give name and status of a model."""
+    # Apart from the facts: only the status is announced, and not again because a number has changed.
+    return (
+        f'<div class="llmkit-name"><span>{escape(model.model_id)}</span> '
+        f'<span class="llmkit-status llmkit-is-{model.status}" role="status">{STATUS_WORDS[model.status]}</span></div>'
+    )
+
+
+def model_facts(model: Model, now: datetime) -> str:
+    """Give what is known of a model: a line that stays as it is, and for a loaded one a line that lives."""
     facts = [model.model_type, model.model_name]
     if model.status == "loaded":
         if model.capabilities.max_model_len:
             facts.append(f"{model.capabilities.max_model_len:,} tokens of context")
-        if memory := describe_memory(model.memory):
-            facts.append(memory)
         if model.load_seconds is not None:
             facts.append(f"loaded in {seconds_in_words(model.load_seconds)}")
     elif model.status == "failed" and model.error is not None:
@@ -54,12 +64,44 @@ def model_head(model: Model) -> str:
         facts.append(model.reason or "")
     if model.owner:
         facts.append(f"in use by {model.owner}")
-    # Only the status is announced: a reader need not hear the facts again.
-    return (
-        f'<div class="llmkit-name"><span>{escape(model.model_id)}</span> '
-        f'<span class="llmkit-status llmkit-is-{model.status}" role="status">{STATUS_WORDS[model.status]}</span></div>'
-        f'<div class="llmkit-facts">{" · ".join(map(escape, filter(None, facts)))}</div>'
-    )
+    lines = [f'<div class="llmkit-facts">{" · ".join(map(escape, filter(None, facts)))}</div>']
+    if model.status == "loaded":
+        live = filter(None, (describe_memory(model.memory), requests(model), expiry(model, now)))
+        lines.append(f'<div class="llmkit-facts llmkit-live">{" · ".join(map(escape, live))}</div>')
+    return "".join(lines)
+
+
+def requests(model: Model) -> str:
+    """Say how many requests a model has."""
+    waiting = f", {model.queued} waiting" if model.queued else ""
+    return f"{model.in_flight} running{waiting}" if model.in_flight or model.queued else "no requests"
+
+
+def expiry(model: Model, now: datetime) -> str:
+    """Say when a model is unloaded if nobody asks it; nothing if that is not so, or if it is busy."""
+    if model.expires_at is None or model.in_flight or model.queued:
+        return ""
+    seconds = (model.expires_at - now).total_seconds()
+    if seconds < 1:
+        return "unloads now if idle"
+    if seconds < 60:
+        return f"unloads in {seconds:.0f} s if idle"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    words = f"{minutes} min" if minutes < 120 else f"{hours} h {rest} min" if rest else f"{hours} h"
+    return f"unloads in {words} if idle"
+
+
+def fix_words(arguments: Mapping[str, Any]) -> str:
+    """Say what a button does that sets arguments and loads again.
+
+    Examples
+    --------
+    >>> fix_words({"max_model_len": 1024})
+    'Set max_model_len to 1024 and load again'
+    """
+    changes = " and ".join(f"{name} to {value}" for name, value in arguments.items())
+    return f"Set {changes} and load again"
 
 
 def load_label(model: Model, elapsed: float | None) -> str:
