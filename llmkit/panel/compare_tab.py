@@ -197,9 +197,13 @@ class CompareTab:
             name="llmkit-tab",
         )
         self.prompt.observe(lambda _: desk.lane.call(self._show_code), "value")
-        for _ in range(FEWEST):
-            self._add()
+        self._draw()
         beside_cells(self.widget)
+
+    def open(self) -> None:
+        """Make the first columns, on the panel's thread: many widgets, not sent before somebody opens the tab."""
+        while len(self.columns) < FEWEST:
+            self._add()
 
     @property
     def results(self) -> list[Row]:
@@ -226,9 +230,9 @@ class CompareTab:
     def _draw(self) -> None:
         answering = any(column.answering for column in self.columns)
         may = "execute" in self._desk.may
-        ready = any(column.model.value is not None for column in self.columns)
+        ready = bool(self._loaded)
         assign(self._hint, value=markup.hint(MAY_NOT if not may else NO_MODEL) if not (may and ready) else "")
-        assign(self.run, disabled=answering or not (may and ready))
+        assign(self.run, disabled=answering or not (may and ready and self.columns))
         assign(self.stop, disabled=not answering)
         assign(self.table, value=comparison.table(self._latest))
         assign(self.add, disabled=answering or len(self.columns) >= MOST)

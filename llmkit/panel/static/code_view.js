@@ -20,7 +20,7 @@ const button = (name, text, click) => {
 
 // Browsers give pages without https no clipboard, but they let them copy what is marked.
 const copyMarked = (text) => {
-  const field = element("textarea", "llmkit-code-unseen");
+  const field = element("textarea", "llmkit-source-unseen");
   field.value = text;
   const focused = document.activeElement;
   document.body.append(field);
@@ -58,12 +58,12 @@ export default () => {
 
   const makeItem = (view, number) => {
     const nodes = {
-      root: element("section", "llmkit-code-item"),
-      title: element("span", "llmkit-code-title"),
-      text: element("pre", "llmkit-code-text"),
+      root: element("section", "llmkit-source-item"),
+      title: element("span", "llmkit-source-title"),
+      text: element("pre", "llmkit-source-text"),
       cut: element("div", "llmkit-hint"),
     };
-    nodes.copy = button("llmkit-code-button llmkit-code-copy", "Copy", async () => {
+    nodes.copy = button("llmkit-source-button llmkit-source-copy", "Copy", async () => {
       const copied = await copy(await whole(view.model, number));
       nodes.copy.textContent = copied ? "Copied" : "Copy";
       view.said.textContent = copied ? "Copied." : "The browser does not let this page copy. Mark the code and press Ctrl+C.";
@@ -74,7 +74,7 @@ export default () => {
       }, copied ? SAID_MS : 4 * SAID_MS);
     });
     nodes.text.tabIndex = 0; // so that keys can scroll it
-    const head = element("div", "llmkit-code-head");
+    const head = element("div", "llmkit-source-head");
     head.append(nodes.title, nodes.copy);
     nodes.root.append(head, nodes.text, nodes.cut);
     return nodes;
@@ -122,35 +122,35 @@ export default () => {
       model.send({ type: "hello" });
     },
     render({ model, el }) {
-      const id = `llmkit-code-${Math.random().toString(36).slice(2)}`;
+      const id = `llmkit-source-${Math.random().toString(36).slice(2)}`;
       const view = {
         model,
         items: [],
         choices: {},
-        body: element("div", "llmkit-code-body"),
-        list: element("div", "llmkit-code-list"),
+        body: element("div", "llmkit-source-body"),
+        list: element("div", "llmkit-source-list"),
         empty: element("div", "llmkit-hint", "There is nothing to show yet."),
-        said: element("div", "llmkit-hint llmkit-code-said"),
+        said: element("div", "llmkit-hint llmkit-source-said"),
       };
-      view.fold = button("llmkit-code-fold", "Show as code", () => {
+      view.fold = button("llmkit-source-fold", "Show as code", () => {
         model.set("unfolded", !model.get("unfolded"));
         model.save_changes();
       });
       view.fold.setAttribute("aria-controls", id);
       view.body.id = id;
       view.said.setAttribute("role", "status");
-      const choose = element("div", "llmkit-code-languages");
+      const choose = element("div", "llmkit-source-languages");
       choose.setAttribute("role", "group");
       choose.setAttribute("aria-label", "Language");
       for (const [name, label] of Object.entries(LANGUAGES)) {
-        view.choices[name] = button("llmkit-code-button", label, () => {
+        view.choices[name] = button("llmkit-source-button", label, () => {
           language = name;
           views.forEach(draw);
         });
         choose.append(view.choices[name]);
       }
       view.body.append(choose, view.empty, view.list, view.said);
-      el.classList.add("llmkit-code");
+      el.classList.add("llmkit-source");
       el.dataset.lmSuppressShortcuts = "true"; // Enter presses a button here; it does not open a cell
       el.append(view.fold, view.body);
       views.add(view);
