@@ -1,210 +1,315 @@
-"""The tab *Configure*: a form that the server's own schemas make."""
+"""The tab *Configure*: a form that the server's own schemas make, checked by the server while it is filled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import ipywidgets as w
-
-from llmkit.client import Configuration, ModelType
-from llmkit.errors import ConfigurationExists, LLMKitError
-from llmkit.panel import markup
+from llmkit.client import Client, Configuration, ModelType
+from llmkit.errors import ConfigurationReadOnly, LLMKitError, ModelIsLoaded
+from llmkit.panel import code, form_text, markup
+from llmkit.panel.code_view import CodeView
 from llmkit.panel.desk import Desk
-from llmkit.panel.fields import Argument, Field, read_arguments
+from llmkit.panel.form import MISSING, MODEL_ID, Form
+from llmkit.panel.form_check import Checker
+from llmkit.panel.form_marks import FormMarks
+from llmkit.panel.form_values import is_mark, spread, suggest_id
 from llmkit.panel.key_field import KeyField
-from llmkit.panel.widgets import Kit, assign, beside_cells, close_all, show
-from llmkit.schemas import ModelConfigRequest
+from llmkit.panel.widgets import assign, beside_cells, show
+from llmkit.schemas import OPTIONAL_FIELDS, LoadPlan
 
-NAMES = ("model_id", "model_name")
-POLICIES = ("description", "auto_load", "max_in_flight", "max_queued")
-GROUPS = {"memory": "Memory", "parallelism": "Parallelism", "other": "More engine arguments"}
+NOT_ALLOWED = "You may look at the models of this server and ask them, but not configure any."
 
 
-class Section:
-    """A fold of the form; its fields are made when it is opened for the first time."""
+@dataclass(frozen=True)
+class Checked:
+    """What the server says about the form."""
 
-    def __init__(self, kit: Kit, title: str, arguments: list[Argument]) -> None:
-        self._kit = kit
-        self.fields: dict[str, Field] = {}
-        self._title = title
-        self._arguments = arguments
-        self._open = False
-        self.header = kit.button(f"▸ {title}", lambda: None)
-        self.header.add_class("llmkit-fold")
-        self._body = kit.box(name="llmkit-grid")
-        self.widget = kit.box(self.header, self._body, name="llmkit-section")
-        show(self._body, visible=False)
-
-    def toggle(self) -> None:
-        """Open or close it."""
-        self._open = not self._open
-        if self._open and not self.fields:
-            self.fields = {argument.name: Field(self._kit, argument) for argument in self._arguments}
-            self._body.children = tuple(field.widget for field in self.fields.values())
-            beside_cells(self._body)
-        show(self._body, visible=self._open)
-        assign(self.header, description=f"{'▾' if self._open else '▸'} {self._title}")
+    plan: LoadPlan | None
+    needs_reload: LLMKitError | None
+    """Its words, if what is entered asks for a reload of the live model."""
 
 
 class ConfigureTab:
-    """Makes a configuration."""
+    """Makes a configuration, or changes one."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        kit = desk.kit
-        self._types: dict[str, ModelType] = {}
-        self._shown: str | None = None
-        named = {argument.name: argument for argument in read_arguments(ModelConfigRequest.model_json_schema())}
-        self.names = {name: Field(kit, named[name]) for name in NAMES}
-        self.model_type = kit.make(w.Dropdown, description="model_type", options=())
-        self.model_type.add_class("llmkit-field-top")
-        self.model_type.observe(lambda _: desk.lane.call(self._choose), "value")
-        self._about_type = kit.html()
-        self.essential: dict[str, Field] = {}
-        self._essential = kit.box(name="llmkit-grid")
-        self.sections: list[Section] = []
-        self._policies = [named[name] for name in POLICIES]
-        self._sections = kit.box(name="llmkit-sections")
-        self.save = kit.button("Save", lambda: self._on_save(load=False), tip="Store the configuration")
-        self.save_and_load = kit.button("Save and load", lambda: self._on_save(load=True), style="primary")
-        self._result = kit.html()
-        type_field = kit.box(self.model_type, self._about_type, name="llmkit-field")
-        self.widget = kit.box(
-            kit.box(type_field, *(field.widget for field in self.names.values()), name="llmkit-grid"),
-            self._essential,
-            self._sections,
-            kit.row(self.save_and_load, self.save, name="llmkit-buttons"),
-            self._result,
-            name="llmkit-tab",
-        )
-        beside_cells(self.widget)
+        self._editing: Configuration | None = None
+        self._saving = False
+        self._needs_reload = False
+        self._opened = 0
+        self._wanted: Callable[[], Any] | None = None
+        kit, lane = desk.kit, desk.lane
+        self._checker: Checker[Checked] = Checker(lane, self._begin_check, self._checked, self._check_failed)
+        self.form = Form(kit, lambda: lane.call(self._checker.changed), lane.call)
 
-    # -- the form ----------------------------------------------------------------------------------------------
+        self._what = kit.html()
+        self.cancel = kit.button("Cancel", lambda: lane.call(self._on_cancel), tip="Leave the configuration as it is")
+        self._editing_row = kit.row(self._what, self.cancel, name="llmkit-editing")
+        self._question = kit.html()
+        self.throw_away = kit.button("Throw it away", lambda: lane.call(self._on_throw_away), style="danger")
+        self.keep = kit.button("Keep it", lambda: lane.call(self._on_keep))
+        self._confirmation = kit.row(self._question, self.throw_away, self.keep, name="llmkit-confirmation")
+        self._memory = kit.html()
+        self.save_and_load = kit.button("Save and load", lambda: self._on_save(load=True), style="primary")
+        self.save = kit.button("Save", self._on_save, tip="Store the configuration")
+        self.save_and_reload = kit.button(
+            "Save and reload", lambda: self._on_save(reload=True), tip="Unload the model, and load it as changed"
+        )
+        self.start_anew = kit.button("Start anew", lambda: lane.call(self._on_start_anew), tip="Empty the form")
+        self._buttons = (self.save_and_load, self.save, self.save_and_reload, self.start_anew)
+        self._problem = kit.html()
+        self._result = kit.html()
+        self._code = CodeView(kit)
+        for hidden in (self._editing_row, self._confirmation, self._memory, self.save_and_reload):
+            show(hidden, visible=False)
+        parts = (
+            self._editing_row,
+            self._confirmation,
+            self.form.head,
+            self.form.essential,
+            self._memory,
+            self.form.folds,
+            self._problem,
+            kit.row(*self._buttons, name="llmkit-buttons"),
+            self._result,
+            self._code.widget,
+            kit.make(FormMarks),
+        )
+        self.may = "write" in desk.may
+        self.widget = kit.box(*(parts if self.may else (kit.html(markup.hint(NOT_ALLOWED)),)), name="llmkit-tab")
+        beside_cells(self.widget)
 
     def offer(self, types: Iterable[ModelType]) -> None:
         """Take the server's model types."""
-        self._types = {one.name: one for one in types}
-        names = tuple(self._types)
-        if names != self.model_type.options:
-            self.model_type.options = names
-        # What can be used comes first to mind.
-        usable = [one.name for one in self._types.values() if one.available]
-        if self._shown is None and "vllm" in usable:
-            self.model_type.value = "vllm"
-        self._choose()
+        if self.may:
+            self.form.offer(types)
 
-    def _choose(self) -> None:
-        """Show the arguments of the chosen type; what belongs to all types stays as it is."""
-        chosen = self._types.get(self.model_type.value or "")
-        if chosen is None:
+    # -- what is in the form -----------------------------------------------------------------------------------
+
+    def open(self, config_id: str, *, as_copy: bool) -> None:
+        """Show a configuration, to change it or to make another like it; a draft is not thrown away unasked."""
+        if not self.may:
             return
-        about = chosen.summary if chosen.available else f"{chosen.summary}. It cannot run here: {chosen.reason}"
-        assign(self._about_type, value=markup.hint(about))
-        if self._shown == chosen.name:
+        self._opened += 1
+        number = self._opened
+        client = self._desk.client
+
+        def read() -> tuple[Configuration, list[str]]:
+            taken = [model.model_id for model in client.models()] if as_copy else []
+            return client.configuration(config_id), taken
+
+        def then(told: tuple[Configuration, list[str]]) -> None:
+            configuration, taken = told
+            if number != self._opened or self._saving:
+                return
+            if configuration.declared and not as_copy:
+                name = configuration.model_id
+                self._tell(ConfigurationReadOnly(f"{name} is the operator's.", hint="Duplicate it to change the copy."))
+                return
+            self._leave_draft(lambda: self._fill(configuration, suggest_id(configuration.model_id, taken), as_copy))
+
+        self._desk.lane.ask(read, then, self._tell)
+
+    def _fill(self, configuration: Configuration, free_id: str, as_copy: bool) -> None:  # noqa: FBT001  # as `open`
+        told = configuration.to_wire()
+        try:
+            self.form.fill(told, as_copy=free_id if as_copy else None)
+        except LLMKitError as error:
+            self._tell(error)
             return
-        self._shown = chosen.name
-        before = (*self._essential.children, *self._sections.children)
-        arguments = read_arguments(chosen.arguments)
-        self.essential = {one.name: Field(self._desk.kit, one) for one in arguments if one.group == "essential"}
-        self._essential.children = tuple(field.widget for field in self.essential.values())
-        folds = [(title, [one for one in arguments if one.group == group]) for group, title in GROUPS.items()]
-        folds += [("Generation defaults", read_arguments(chosen.generation)), ("Policies", self._policies)]
-        self.sections = [Section(self._desk.kit, title, inside) for title, inside in folds if inside]
-        for section in self.sections:
-            section.header.on_click(lambda _, section=section: self._desk.lane.call(section.toggle))
-        self._sections.children = tuple(section.widget for section in self.sections)
-        for widget in before:
-            close_all(widget)
+        self._set_editing(None if as_copy else configuration)
+        self._tell(None)
+        if as_copy:
+            loses_key = any(map(is_mark, spread(told, {}).values()))
+            self._say_what(form_text.copy_of(configuration.model_id, loses_key=loses_key))
+        else:
+            self._say_what(form_text.editing(configuration.model_id))
+
+    def _set_editing(self, configuration: Configuration | None) -> None:
+        self._editing = configuration
+        self._say_what("")
+        self._set_needs_reload(needed=False)
+
+    def _say_what(self, what: str) -> None:
+        assign(self._what, value=what)
+        show(self._editing_row, visible=bool(what))
+
+    def _set_needs_reload(self, *, needed: bool) -> None:
+        self._needs_reload = needed
+        show(self.save_and_reload, visible=needed)
+        show(self.save_and_load, visible=not needed)
+        show(self.save, visible=not needed)
+
+    def _empty(self) -> None:
+        self.form.clear()
+        self._set_editing(None)
+        self._forget_check()
+        self._tell(None)
+
+    def _on_start_anew(self) -> None:
+        self._leave_draft(self._empty)
+
+    def _on_cancel(self) -> None:
+        def leave() -> None:
+            note = f"{self._editing.model_id} stays as it is." if self._editing is not None else "Nothing is saved."
+            self._empty()
+            assign(self._result, value=markup.note(note))
+
+        self._leave_draft(leave)
+
+    def _leave_draft(self, then: Callable[[], Any]) -> None:
+        """Do what empties the form, if need be after asking."""
+        if not self.form.is_changed:
+            self._ask(None)
+            then()
+            return
+        name = self._editing.model_id if self._editing is not None else ""
+        self._ask(then, f"Your changes of {name} are not saved." if name else "What you have entered is not saved.")
+
+    def _ask(self, then: Callable[[], Any] | None, question: str = "") -> None:
+        self._wanted = then
+        assign(self._question, value=markup.hint(question) if question else "")
+        show(self._confirmation, visible=then is not None)
+
+    def _on_throw_away(self) -> None:
+        then = self._wanted
+        self._ask(None)
+        if then is not None and not self._saving:
+            then()
+
+    def _on_keep(self) -> None:
+        self._ask(None)
+
+    # -- checking ----------------------------------------------------------------------------------------------
+
+    def _begin_check(self) -> Callable[[], Checked] | None:
+        self._show_code()
+        if self._saving:
+            return None
+        if self._editing is None and not self.form.is_changed and not self.form.has_id:
+            self._forget_check()
+            return None
+        client, body = self._desk.client, self.form.body_to_check()
+        config_id = self._editing.config_id if self._editing is not None else None
+        return lambda: check(client, body, config_id)
+
+    def _checked(self, told: Checked) -> None:
+        self._end_check(None)
+        self._set_needs_reload(needed=told.needs_reload is not None)
+        if told.needs_reload is not None:
+            assign(self._problem, value=markup.hint(str(told.needs_reload.message)))
+        # A name that is missing stands for no model whose memory could be told.
+        plan = told.plan if all(field is self.form.names[MODEL_ID] for field in self.form.missing) else None
+        line = form_text.memory_line(plan) if plan is not None else ""
+        assign(self._memory, value=line)
+        show(self._memory, visible=bool(line))
+        self._memory.remove_class("llmkit-stale")
+
+    def _check_failed(self, error: LLMKitError) -> None:
+        self._end_check(error)
+        # Of an older state: it stays, so that nothing jumps, and it looks like it.
+        self._memory.add_class("llmkit-stale")
+
+    def _end_check(self, error: LLMKitError | None) -> None:
+        rest = self.form.complain(error, typing=True)
+        assign(self._problem, value=markup.error_card(rest) if rest is not None else "")
         assign(self._result, value="")
-        beside_cells(self.widget)
 
-    def _fields(self) -> dict[str, Field]:
-        fields = {**self.names, **self.essential}
-        for section in self.sections:
-            fields |= section.fields
-        return fields
+    def _forget_check(self) -> None:
+        self._checker.drop()
+        self.form.complain(typing=True)
+        assign(self._problem, value="")
+        show(self._memory, visible=False)
+        assign(self._memory, value="")
+
+    def _show_code(self) -> None:
+        body = self.form.body_to_show()
+        if self._editing is not None:
+            one = code.update(self._editing.config_id, self._editing.model_id, body, reload=self._needs_reload)
+            self._code.show((f"Change {self._editing.model_id}", one))
+        elif self.form.missing:
+            self._code.show()
+        else:
+            self._code.show(("Configure", code.configure(body)))
 
     # -- saving ------------------------------------------------------------------------------------------------
 
-    def _on_save(self, *, load: bool) -> None:
+    def _on_save(self, *, load: bool = False, reload: bool = False) -> None:
         def begin() -> None:
-            if self.save.disabled:
+            if self._saving:
+                return
+            self._ask(None)
+            if missing := self.form.missing:
+                for field in missing:
+                    field.touched = True
+                    field.complain(MISSING)
+                assign(self._result, value=markup.field_error("Some fields are missing."))
                 return
             self._allow(saving=True)
-            given: dict[str, Any] = {}
-            for field in self._fields().values():
-                field.complain()
-                given |= field.given
-            assign(self._result, value="")
-            if missing := [name for name in NAMES if name not in given]:
-                for name in missing:
-                    self.names[name].complain("is missing")
-                self._allow(saving=False)
-                return
-            key = next((f for f in self._fields().values() if isinstance(f.control, KeyField)), None)
-            if key is None:
-                self._send(given, load=load)
+            self._checker.drop()
+            place = self.form.key
+            if place is None or not isinstance(place[1].control, KeyField) or not place[1].control.is_typed:
+                self._send(self.form.body(), load=load, reload=reload)
                 return
             # The key comes in a message of its own, goes into the request, and is nowhere after that.
-            name = key.argument.name
-            key.control.collect(
-                lambda value: self._desk.lane.call(
-                    lambda: self._send({**given, **({name: value} if value else {})}, load=load)
-                ),
-                lambda error: self._desk.lane.call(lambda: self._refused(error)),
+            lane = self._desk.lane
+            place[1].control.collect(
+                lambda key: lane.call(lambda: self._send(self.form.body_with_key(key), load=load, reload=reload)),
+                lambda error: lane.call(lambda: self._refused(error)),
             )
 
         self._desk.lane.call(begin)
 
-    def _send(self, given: Mapping[str, Any], *, load: bool) -> None:
-        own = {name: given[name] for name in NAMES}
-        policies = {name: given[name] for name in POLICIES if name in given}
-        kwargs = {name: value for name, value in given.items() if name not in (*NAMES, *POLICIES)}
-        model_type = self.model_type.value or ""
+    def _send(self, body: dict[str, Any], *, load: bool, reload: bool) -> None:
+        client, editing = self._desk.client, self._editing
 
         def work() -> Configuration:
-            made = self._desk.client.configure(**own, model_type=model_type, model_kwargs=kwargs, **policies)
+            if editing is None:
+                made = client.configure(**body)
+            else:
+                # What is not in the form any more is to go.
+                absent = {name: None for name in OPTIONAL_FIELDS if name not in body}
+                changes = {name: value for name, value in body.items() if name != "model_id"}
+                made = client.update(editing.model_id, reload=reload, **changes, **absent)
             if load:
-                self._desk.client.start_loading(made.model_id)
+                client.start_loading(made.model_id)
             return made
 
-        self._desk.lane.ask(work, lambda made: self._saved(made, load=load), self._refused)
+        self._desk.lane.ask(work, lambda made: self._saved(made, shown=load or reload), self._refused)
 
-    def _saved(self, made: Configuration, *, load: bool) -> None:
+    def _saved(self, made: Configuration, *, shown: bool) -> None:
         self._allow(saving=False)
-        for field in self._fields().values():
-            field.clear()
+        self._empty()
         assign(self._result, value=markup.note(f"{made.model_id} is saved."))
-        if load:
+        if shown:
             self._desk.open_models()
 
     def _refused(self, error: LLMKitError) -> None:
-        """Put the server's words where they belong: at the field, or under the form."""
         self._allow(saving=False)
-        fields = self._fields()
-        rest = []
-        for one in error.details.get("fields") or []:
-            path, message = str(one.get("path", "")), str(one.get("message", ""))
-            field = fields.get(_name_of(path))
-            if field is None:
-                rest.append(f"{path}: {message}" if path else message)
-            else:
-                field.complain(message)
-        if isinstance(error, ConfigurationExists):
-            fields["model_id"].complain(error.message)
-        elif rest or not error.details.get("fields"):
-            shown = LLMKitError("; ".join(rest) or error.message, hint=error.hint)
-            assign(self._result, value=markup.error_card(shown))
+        rest = self.form.complain(error)
+        assign(self._problem, value="")
+        if isinstance(error, ModelIsLoaded):
+            self._set_needs_reload(needed=True)
+        if rest is not None:
+            self._tell(rest)
         else:
             assign(self._result, value=markup.field_error("Some fields need another value."))
 
+    def _tell(self, error: LLMKitError | None) -> None:
+        assign(self._result, value=markup.error_card(error) if error is not None else "")
+
     def _allow(self, *, saving: bool) -> None:
-        for each in (self.save, self.save_and_load):
+        self._saving = saving
+        for each in (*self._buttons, self.cancel):
             assign(each, disabled=saving)
 
 
-def _name_of(path: str) -> str:
-    """Give the field that a path of the server points to: ``model_kwargs.engine.dtype`` is ``dtype``."""
-    parts = [part for part in path.split(".") if part not in ("model_kwargs", "engine", "generation")]
-    return parts[0] if parts else ""
+def check(client: Client, body: dict[str, Any], config_id: str | None) -> Checked:
+    """Ask the server about a configuration, or about a change of one; a change that needs a reload is no mistake."""
+    try:
+        return Checked(client.check(**body, config_id=config_id), None)
+    except ModelIsLoaded as error:
+        return Checked(client.check(**body, config_id=config_id, reload=True), error)

@@ -16,7 +16,7 @@ ANSWER_SECONDS = 5.0
 
 
 class KeyField(anywidget.AnyWidget):
-    """Keeps what is typed in the browser until `collect` asks for it; then the browser forgets it.
+    """Keeps what is typed in the browser: `collect` asks for it, and `forget` lets the browser forget it.
 
     Parameters
     ----------
@@ -24,6 +24,13 @@ class KeyField(anywidget.AnyWidget):
         What the field is called.
     placeholder
         What stands in it while it is empty.
+
+    Attributes
+    ----------
+    is_typed
+        Whether anything was typed; the page says no more than that.
+    on_typed
+        Called when that changes, on another thread.
     """
 
     _esm = Path(__file__).parent / "static" / "key_field.js"
@@ -33,6 +40,8 @@ class KeyField(anywidget.AnyWidget):
     def __init__(self, label: str, placeholder: str, **values: Any) -> None:
         self._waiting: dict[int, tuple[Callable[[str], None], threading.Timer]] = {}
         self._requests = 0
+        self.is_typed = False
+        self.on_typed: Callable[[], object] = lambda: None
         super().__init__(label=label, placeholder=placeholder, **values)
         self.on_msg(self._receive)
 
@@ -59,8 +68,18 @@ class KeyField(anywidget.AnyWidget):
         timer.start()
         self.send({"type": "collect", "request": request})
 
+    def forget(self) -> None:
+        """Let the browser forget what was typed."""
+        self.is_typed = False
+        self.send({"type": "forget"})
+
     def _receive(self, _: Any, content: Any, __: Any) -> None:
-        if not isinstance(content, dict) or content.get("type") != "key":
+        if not isinstance(content, dict):
+            return
+        if content.get("type") == "typed":
+            self.is_typed = content.get("any") is True
+            self.on_typed()
+        if content.get("type") != "key":
             return
         # The first page that answers is the one; another that shows the same widget comes too late.
         waiting = self._waiting.pop(content.get("request", 0), None)

@@ -1,5 +1,6 @@
-// A field for a key. What is typed stays in this page until the kernel asks for it, goes to it in one message, and
-// is gone from the page. It is never part of the widget's state, which notebooks save.
+// A field for a key. What is typed stays in this page; it goes to the kernel in one message when that asks for it,
+// and is gone from the page when that says so: a key that is refused need not be typed again. It is never part of
+// the widget's state, which notebooks save. Whether there is anything the kernel is told, and no more.
 
 export default () => {
   const inputs = new Set();
@@ -13,10 +14,11 @@ export default () => {
   return {
     initialize({ model }) {
       model.on("msg:custom", (message) => {
-        if (message.type !== "collect") return;
-        const value = typed;
-        fill("");
-        model.send({ type: "key", request: message.request, value });
+        if (message.type === "collect") model.send({ type: "key", request: message.request, value: typed });
+        if (message.type === "forget") fill("");
+      });
+      model.on("change:placeholder", () => {
+        for (const input of inputs) input.placeholder = model.get("placeholder");
       });
     },
     render({ model, el }) {
@@ -29,7 +31,11 @@ export default () => {
       Object.assign(input, { id, type: "password", placeholder: model.get("placeholder"), value: typed });
       input.setAttribute("autocomplete", "new-password"); // no browser offers to keep it
       input.spellcheck = false;
-      input.addEventListener("input", () => fill(input.value));
+      input.addEventListener("input", () => {
+        const before = typed;
+        fill(input.value);
+        if (Boolean(before) !== Boolean(typed)) model.send({ type: "typed", any: Boolean(typed) });
+      });
       // JupyterLab's shortcuts have no business in here.
       input.addEventListener("keydown", (event) => event.stopPropagation());
       inputs.add(input);
