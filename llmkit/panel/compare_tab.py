@@ -33,6 +33,7 @@ STOP_TRIES = 25
 STOP_PAUSE_SECONDS = 0.2
 FIRST_QUESTION = "What is the capital of France?"
 NO_MODEL = "No model is loaded. Load one under Models."
+ABOUT = "With panel = llmkit.panel(), panel.comparison() gives every run as a DataFrame."
 MAY_NOT = "This account may not prompt models."
 
 
@@ -183,8 +184,8 @@ class CompareTab:
         self.add = kit.button("Add a column", lambda: desk.lane.call(self._add), tip="Compare one more")
         self.columns: list[Column] = []
         self._columns = kit.box(name="llmkit-columns")
-        self.table = kit.html()
-        about = kit.html(markup.hint("panel.comparison() gives this as a DataFrame, every run of this panel in it."))
+        self.table = kit.html("", "llmkit-figures-place")
+        about = kit.html(markup.hint(ABOUT))
         self.code = CodeView(kit)
         self.widget = kit.box(
             self._hint,
