@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
+from IPython.display import display
 
 from llmkit.client import Client, ModelType, Watcher, connect
 from llmkit.errors import LLMKitError
 from llmkit.panel import markup
+from llmkit.panel.compare_tab import CompareTab
 from llmkit.panel.configure_tab import ConfigureTab
 from llmkit.panel.desk import Desk
 from llmkit.panel.lane import Lane
 from llmkit.panel.models_tab import ModelsTab
 from llmkit.panel.prompt_tab import PromptTab
+from llmkit.panel.run_card import RUN_CARD
 from llmkit.panel.widgets import Kit, assign, beside_cells, close_all, show
-from llmkit.schemas import Snapshot
+from llmkit.schemas import Conversation, ConversationSummary, Snapshot
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 STATIC = Path(__file__).parent / "static"
 FIRST_LOOK_SECONDS = 0.8
-MODELS, CONFIGURE, PROMPT = range(3)
+REFRESH_TICKS = 2
+"""Counters and memory are read so often, in seconds; changes of a model come by themselves."""
+MODELS, CONFIGURE, PROMPT, COMPARE = range(4)
+TITLES = ("Models", "Configure", "Prompt", "Compare")
 
 
 def read_styles() -> str:
     """Give the style sheets of all tabs, that of the whole panel first."""
     files = sorted(STATIC.glob("*.css"), key=lambda file: (file.stem != "panel", file.stem))
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What has to be known of a server before anything is shown."""
+
+    client: Client
+    snapshot: Snapshot
+    types: list[ModelType]
+    may: frozenset[str]
+    conversations: list[ConversationSummary]
+    latest: Conversation | None
+
+
+def look(client: Client) -> Found:
+    """Ask a server for all of it."""
+    snapshot, types, may = client.snapshot(), client.model_types(), client.permissions()
+    try:
+        conversations = client.conversations().conversations
+        latest = client.conversation(conversations[0].conversation_id) if conversations else None
+    except LLMKitError:  # an older server; or it was deleted just now
+        conversations, latest = [], None
+    return Found(client, snapshot, types, may, conversations, latest)
 
 
 class Panel(w.VBox):
@@ -53,6 +87,8 @@ class Panel(w.VBox):
         self.models: ModelsTab | None = None
         self.configure: ConfigureTab | None = None
         self.prompt: PromptTab | None = None
+        self.compare: CompareTab | None = None
+        self._ticks = 0
         self._tabs: w.Tab | None = None
         # 0 asks the browser to count the views: a panel that nobody sees follows nothing.
         super().__init__([self._style, self._header, self._no_server, self._body], _view_count=0)
@@ -68,6 +104,23 @@ class Panel(w.VBox):
     def __repr__(self) -> str:
         return "llmkit panel (run this cell to show it)"
 
+    def _ipython_display_(self) -> None:
+        # What is saved in the notebook: without a kernel the widget cannot be drawn, and this card takes its place.
+        display({"text/html": RUN_CARD, "text/plain": repr(self)}, raw=True)  # type: ignore[no-untyped-call]
+        display(self._repr_mimebundle_(), raw=True)  # type: ignore[no-untyped-call]
+
+    def comparison(self) -> DataFrame:
+        """Give what the tab *Compare* has measured, a row for each answer.
+
+        Raises
+        ------
+        LLMKitError
+            If pandas is not installed, or there is no server.
+        """
+        if self.compare is None:
+            raise LLMKitError("The panel has no server.", hint="Press Try again in it.")
+        return self.compare.to_dataframe()
+
     def close(self) -> None:
         """End the panel's threads and take it away."""
         self._lane.call(self._leave)
@@ -82,27 +135,28 @@ class Panel(w.VBox):
         assign(self.try_again, disabled=True)
         given = self._given
 
-        def work() -> tuple[Client, Snapshot, list[ModelType]]:
+        def work() -> Found:
             client = given or connect()
             try:
-                return client, client.snapshot(), client.model_types()
+                return look(client)
             except BaseException:
                 if given is None:
                     client.close()
                 raise
 
-        self._lane.ask(work, lambda found: self._found(*found), self._not_found)
+        self._lane.ask(work, self._found, self._not_found)
 
-    def _found(self, client: Client, snapshot: Snapshot, types: list[ModelType]) -> None:
+    def _found(self, found: Found) -> None:
         assign(self.try_again, disabled=False)
         show(self._no_server, visible=False)
-        self._client = client
-        self._build(client)
-        assign(self._header, value=markup.header("connected", client.url))
-        if self.models and self.configure:
-            self.models.offer(types)
-            self.configure.offer(types)
-        self._show(snapshot)
+        self._client = found.client
+        self._build(found.client, found.may)
+        assign(self._header, value=markup.header("connected", found.client.url))
+        if self.models and self.configure and self.prompt:
+            self.models.offer(found.types)
+            self.configure.offer(found.types)
+            self.prompt.restore(found.conversations, found.latest)
+        self._show(found.snapshot)
         self._looked.set()
         self._watch()
 
@@ -116,21 +170,22 @@ class Panel(w.VBox):
     def _on_try_again(self) -> None:
         self._lane.call(self._find)
 
-    def _build(self, client: Client) -> None:
+    def _build(self, client: Client, may: frozenset[str]) -> None:
         desk = Desk(
             client,
             self._lane,
             self._kit,
-            frozenset({"read", "execute", "write"}),
+            may,
             open_configure=lambda: self._open(CONFIGURE),
             edit=lambda config_id: self._open_form(config_id, as_copy=False),
             duplicate=lambda config_id: self._open_form(config_id, as_copy=True),
             open_models=lambda: self._open(MODELS),
             open_prompt=self._open_prompt,
         )
-        self.models, self.configure, self.prompt = ModelsTab(desk), ConfigureTab(desk), PromptTab(desk)
-        tabs = [self.models.widget, self.configure.widget, self.prompt.widget]
-        self._tabs = self._kit.make(w.Tab, tabs, titles=("Models", "Configure", "Prompt"), selected_index=MODELS)
+        self.models, self.configure = ModelsTab(desk), ConfigureTab(desk)
+        self.prompt, self.compare = PromptTab(desk), CompareTab(desk)
+        tabs = [each.widget for each in (self.models, self.configure, self.prompt, self.compare)]
+        self._tabs = self._kit.make(w.Tab, tabs, titles=TITLES, selected_index=MODELS)
         beside_cells(self._tabs)
         self._body.children = (self._tabs,)
 
@@ -153,10 +208,12 @@ class Panel(w.VBox):
     def _watch(self) -> None:
         self._unwatch()
         if self._client is not None:
+            self._lane.ticking = True
             self._watcher = Watcher(self._client)
             self._watcher.subscribe(lambda watcher: self._lane.call(lambda: self._follow(watcher)))
 
     def _unwatch(self) -> None:
+        self._lane.ticking = False
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             self._lane.ask(watcher.close)
@@ -183,14 +240,20 @@ class Panel(w.VBox):
             self._show(watcher.snapshot)
 
     def _show(self, snapshot: Snapshot) -> None:
-        if self.models and self.prompt:
+        if self.models and self.prompt and self.compare:
             self.models.update(snapshot)
             self.prompt.update(snapshot)
-            self._lane.ticking = self.models.loading
+            self.compare.update(snapshot)
 
     def _tick(self) -> None:
-        if self.models:
+        if self._watcher is None or self._watcher.state != "connected":
+            return
+        self._ticks += 1
+        if self.models and self.prompt:
             self.models.tick()
+            self.prompt.tick()
+            if self._ticks % REFRESH_TICKS == 0:
+                self.models.refresh()
 
     def _on_views(self, change: dict[str, int]) -> None:
         if change["new"] == 0:

@@ -7,16 +7,18 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
+from llmkit.client import Piece
+
 INTERVAL_SECONDS = 0.04
 
 
-def paced(pieces: Iterable[str], interval: float = INTERVAL_SECONDS) -> Iterator[str]:
+def paced(pieces: Iterable[Piece], interval: float = INTERVAL_SECONDS) -> Iterator[Piece]:
     """Give the first piece at once, then what has come in the meantime, at most every so many seconds.
 
     The pieces are read on a thread of their own, so that a pause of theirs holds nothing back. An error of theirs is
     raised here, after what came before it.
     """
-    arrived: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
 
     def read() -> None:
         try:
@@ -31,8 +33,8 @@ def paced(pieces: Iterable[str], interval: float = INTERVAL_SECONDS) -> Iterator
         batch = [arrived.get()]
         while not arrived.empty():
             batch.append(arrived.get())
-        if text := "".join(piece for piece in batch if isinstance(piece, str)):
-            yield text
+        if come := [piece for piece in batch if isinstance(piece, Piece)]:
+            yield Piece("".join(piece.text for piece in come), "".join(piece.reasoning for piece in come))
         last = batch[-1]
         if last is None:
             return

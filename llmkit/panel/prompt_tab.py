@@ -1,44 +1,31 @@
-"""The tab *Prompt*: ask a loaded model, see the answer as it comes."""
+"""The tab *Prompt*: a conversation with a loaded model, its answers as they come."""
 
 from __future__ import annotations
 
+import base64
 import threading
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 
 from llmkit.client import Answer, AnswerStream
 from llmkit.errors import LLMKitError
-from llmkit.panel import markup
+from llmkit.panel import code, conversation, markup
+from llmkit.panel.code_view import CodeView
+from llmkit.panel.conversation import Keeper
 from llmkit.panel.desk import Desk
+from llmkit.panel.options import generation_options
 from llmkit.panel.pace import paced
 from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import assign, beside_cells, show
-from llmkit.schemas import Snapshot
+from llmkit.schemas import Conversation, ConversationRequest, ConversationSummary, Model, Snapshot
 
 FIRST_QUESTION = "What is the capital of France?"
 STOP_TRIES = 25
 STOP_PAUSE_SECONDS = 0.2
-
-
-class Option:
-    """A generation parameter that is only sent if it is switched on."""
-
-    def __init__(self, desk: Desk, name: str, label: str, control: w.DOMWidget) -> None:
-        self.name = name
-        self.control = control
-        kit = desk.kit
-        self.switch = kit.make(w.Checkbox, description=label, value=False, indent=False)
-        self.switch.tooltip = "Off: as the model's configuration says"
-        control.disabled = True
-        control.description = label  # for who hears the page: beside its switch it is not seen
-        self.switch.observe(lambda change: desk.lane.call(lambda: assign(control, disabled=not change["new"])), "value")
-        self.widget = kit.row(self.switch, control, name="llmkit-option")
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What to send."""
-        return {self.name: self.control.value} if self.switch.value else {}
+IMAGE_TYPES = "image/png,image/jpeg,image/webp,image/gif"
+MAX_IMAGE_BYTES = 4 << 20
 
 
 class PromptTab:
@@ -47,46 +34,77 @@ class PromptTab:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._wanted: str | None = None
+        self._loaded: dict[str, Model] = {}
         self._stream: AnswerStream | None = None
         self._stopping = False
         self._ended = threading.Event()
+        self._opening = False
 
         kit = desk.kit
         self.model = kit.make(w.Dropdown, description="Model", options=())
         self._no_model = kit.html(markup.hint("No model is loaded. Load one under Models."))
+        self.conversations = kit.make(w.Dropdown, description="Conversation", options=((conversation.UNTITLED, ""),))
+        self.new = kit.button("New", self._on_new, tip="Begin a new conversation; this one is kept")
+        self.delete = kit.button("Delete", self._on_delete, tip="Delete this conversation")
         self.transcript = kit.make(Transcript)
-        # A draft is sent to the kernel when the field is left, not at every key.
-        self.system = kit.make(w.Textarea, description="System prompt (optional)", rows=1, continuous_update=False)
+        self.system = kit.make(w.Textarea, description="System prompt (optional)", rows=1)
         self.prompt = kit.make(
             w.Textarea,
             description="Prompt",
             value=FIRST_QUESTION,
             rows=3,
-            continuous_update=False,
             placeholder="Ask something; Ctrl+Enter sends it",
         )
         self.prompt.add_class("llmkit-user-prompt")
-        slider = kit.make(w.FloatSlider, value=0.7, min=0, max=2, step=0.05, readout_format=".2f")
-        self.temperature = Option(desk, "temperature", "Temperature", slider)
-        number = kit.make(w.BoundedIntText, value=256, min=1, max=1_000_000)
-        self.max_tokens = Option(desk, "max_tokens", "Max tokens", number)
+        self.options = generation_options(desk)
+        self.remember = kit.make(w.Checkbox, description="Remember what was said", value=True, indent=False)
+        self.remember.tooltip = "Send the earlier prompts and answers along"
+        self.images = kit.make(
+            w.FileUpload, description="Add images", accept="image/png,image/jpeg,image/webp,image/gif"
+        )
+        self.images.multiple = True
         self.send = kit.button("Send", self._on_send, style="primary", tip="Send the prompt (Ctrl+Enter)")
         self.send.add_class("llmkit-send")
         self.stop = kit.button("Stop", self._on_stop, tip="End the answer")
-        self.clear = kit.button("Clear", self._on_clear, tip="Take the answers away")
+        self.export = kit.button("Save as Markdown", self._on_export, tip="Write the conversation into a file")
+        self._note = kit.html()
+        self._trouble = kit.html()
+        self.code = CodeView(kit)
+        remember = kit.row(self.remember, name="llmkit-option")
         self.widget = kit.box(
-            kit.row(kit.box(self.model, self._no_model, name="llmkit-field"), self.system, name="llmkit-prompt-top"),
+            kit.row(
+                kit.box(self.model, self._no_model, name="llmkit-field"),
+                kit.row(self.conversations, self.new, self.delete, name="llmkit-conversation"),
+                name="llmkit-prompt-top",
+            ),
+            self.system,
             self.transcript,
             self.prompt,
             kit.row(
-                kit.row(self.send, self.stop, self.clear, name="llmkit-buttons"),
-                kit.row(self.temperature.widget, self.max_tokens.widget, name="llmkit-options"),
+                kit.row(self.send, self.stop, self.images, self.export, name="llmkit-buttons"),
+                remember,
                 name="llmkit-composer",
             ),
+            kit.row(*(option.widget for option in self.options.values()), name="llmkit-options"),
+            self._note,
+            self._trouble,
+            self.code.widget,
             name="llmkit-tab",
         )
-        for field in (self.model, self.system, self.prompt):
+        for field in (self.model, self.conversations, self.system, self.prompt):
             field.add_class("llmkit-field-top")
+        self.keeper = Keeper(desk, self._gather, self._list, self._tell_trouble)
+        self.keeper.start()
+        for control, name in (
+            (self.model, "value"),
+            (self.system, "value"),
+            (self.prompt, "value"),
+            (self.remember, "value"),
+            (self.images, "value"),
+            *((control, "value") for option in self.options.values() for control in (option.switch, option.control)),
+        ):
+            control.observe(lambda _: desk.lane.call(self._changed), name)
+        self.conversations.observe(lambda change: desk.lane.call(lambda: self._choose(change["new"])), "value")
         self._draw()
         beside_cells(self.widget)
 
@@ -94,7 +112,8 @@ class PromptTab:
 
     def update(self, snapshot: Snapshot) -> None:
         """Offer the models that are loaded now; the choice stays where it can."""
-        loaded = tuple(model.model_id for model in snapshot.models if model.status == "loaded")
+        self._loaded = {model.model_id: model for model in snapshot.models if model.status == "loaded"}
+        loaded = tuple(self._loaded)
         chosen = self.model.value
         if loaded != self.model.options:
             self.model.options = loaded
@@ -113,49 +132,90 @@ class PromptTab:
     def _draw(self) -> None:
         answering = self._stream is not None
         show(self._no_model, visible=not self.model.options)
-        assign(self.send, disabled=answering or not self.model.options)
+        assign(self.send, disabled=answering or not self.model.options or "execute" not in self._desk.may)
         assign(self.stop, disabled=not answering)
-        assign(self.clear, disabled=answering)
+        for each in (self.new, self.delete, self.conversations):
+            assign(each, disabled=answering or self._opening)
+        assign(self.export, disabled=not self.transcript.turns)
+        model = self._loaded.get(self.model.value or "")
+        show(self.images, visible=bool(model and model.capabilities.vision))
+        self._show_code()
+
+    def _show_code(self) -> None:
+        model_id = self.model.value
+        if model_id is not None:
+            self.code.show(("Ask", code.prompt(self._body(model_id, self.prompt.value))))
 
     # -- asking ------------------------------------------------------------------------------------------------
+
+    def _body(self, model_id: str, prompt: str) -> dict[str, Any]:
+        """Give what is sent, as the body of ``POST /llm/inference/``."""
+        options: dict[str, Any] = {}
+        for option in self.options.values():
+            options |= option.given
+        model = self._loaded.get(model_id)
+        if system := self.system.value.strip():
+            options["system"] = system
+        if model is None or model.capabilities.api != "completions":  # else there is no place for messages
+            said = conversation.messages_of(self.transcript.turns) if self.remember.value else []
+            if messages := [*said, *conversation.image_messages(self._attached())]:
+                options["messages"] = messages
+        return {"model_id": model_id, "prompt": prompt, "inference_kwargs": options}
+
+    def _attached(self) -> list[str]:
+        return [
+            f"data:{one['type']};base64,{base64.b64encode(one['content']).decode('ascii')}"
+            for one in self.images.value
+            if len(one["content"]) <= MAX_IMAGE_BYTES
+        ]
 
     def _on_send(self) -> None:
         self._desk.lane.call(self._begin)
 
     def _begin(self) -> None:
-        model_id, prompt, system = self.model.value, self.prompt.value, self.system.value.strip()
-        if self._stream is not None or model_id is None or not prompt.strip():
+        model_id, prompt = self.model.value, self.prompt.value
+        if self._stream is not None or self._opening or model_id is None or not prompt.strip():
             return
-        options = {**self.temperature.given, **self.max_tokens.given}
-        if system:
-            options["system"] = system
+        assign(self._note, value="")
+        too_large = [one["name"] for one in self.images.value if len(one["content"]) > MAX_IMAGE_BYTES]
+        if too_large:
+            text = f"{', '.join(too_large)}: larger than {MAX_IMAGE_BYTES >> 20} MiB. Make it smaller first."
+            assign(self._note, value=markup.field_error(text))
+            return
+        body = self._body(model_id, prompt)
+        images = self._attached()
         self._ended.clear()
-        stream = self._stream = self._desk.client.stream(model_id, prompt, **options)
-        self.transcript.begin(model_id, prompt)
+        stream = self._stream = self._desk.client.stream(model_id, prompt, **body["inference_kwargs"])
+        self.transcript.begin(model_id, prompt, images)
         assign(self.prompt, value="")
+        self.images.value = ()
         self._draw()
         self._desk.lane.ask(lambda: self._read(stream), self._end, self._fail)
 
     def _read(self, stream: AnswerStream) -> Answer | None:
         try:
-            for text in paced(stream):
-                self.transcript.append(text)
+            for piece in paced(stream.pieces()):
+                self.transcript.append(piece.text, piece.reasoning)
             return stream.answer
         finally:
             self._ended.set()
 
     def _end(self, answer: Answer | None) -> None:
-        self._stream = None
-        self.transcript.end(describe(answer) if answer else "")
-        self._draw()
+        self._stream, self._stopping = None, False
+        self.transcript.end(describe(answer) if answer else "", tool_calls=(answer and answer.tool_calls) or ())
+        self._after()
 
     def _fail(self, error: LLMKitError) -> None:
         stopped = self._stopping
         self._stream, self._stopping = None, False
-        self.transcript.end("Stopped." if stopped else str(error), failed=not stopped)
+        self.transcript.end("Stopped." if stopped else str(error), "stopped" if stopped else "failed")
         if not stopped and not self.prompt.value:
             self.prompt.value = self.transcript.turns[-1].prompt  # to try it again
+        self._after()
+
+    def _after(self) -> None:
         self._draw()
+        self.keeper.save()
 
     def _on_stop(self) -> None:
         stream = self._stream
@@ -172,12 +232,120 @@ class PromptTab:
 
         self._desk.lane.ask(work)
 
-    def _on_clear(self) -> None:
-        def clear() -> None:
-            if self._stream is None:
-                self.transcript.clear()
+    # -- conversations -----------------------------------------------------------------------------------------
 
-        self._desk.lane.call(clear)
+    def restore(self, known: list[ConversationSummary], latest: Conversation | None) -> None:
+        """Go on with the conversation that was changed last, after the kernel or the page began anew."""
+        if latest is not None:
+            self._open(latest)
+        self._list(known)
+
+    def tick(self) -> None:
+        """Keep what was changed since the last time."""
+        if self._stream is None and not self._opening:
+            self.keeper.save()
+
+    def _changed(self) -> None:
+        self._draw()
+
+    def _gather(self) -> ConversationRequest:
+        parameters: dict[str, Any] = {}
+        for option in self.options.values():
+            parameters |= option.given
+        turns = self.transcript.turns
+        draft = self.prompt.value
+        return ConversationRequest(
+            title=conversation.title_of(turns),
+            model_id=self.model.value,
+            system=self.system.value,
+            draft=draft,
+            parameters=parameters,
+            turns=conversation.kept_of(turns),
+        )
+
+    def _open(self, kept: Conversation) -> None:
+        self.transcript.show(conversation.turns_of(kept.turns))
+        assign(self.system, value=kept.system)
+        assign(self.prompt, value=kept.draft)
+        for option in self.options.values():
+            option.set(kept.parameters)
+        if kept.model_id is not None:
+            self.choose(kept.model_id)
+        self.keeper.start(kept.conversation_id, kept.revision)
+        self._draw()
+
+    def _list(self, known: list[ConversationSummary]) -> None:
+        """Offer the conversations that are kept; the one that is shown is among them in any case."""
+        shown = self.keeper.conversation_id
+        titles = [(one.title or conversation.UNTITLED, one.conversation_id) for one in known]
+        if shown not in [one.conversation_id for one in known]:
+            titles.insert(0, (conversation.title_of(self.transcript.turns) or conversation.UNTITLED, shown))
+        if tuple(titles) != tuple(self.conversations.options):
+            self.conversations.options = titles
+        assign(self.conversations, value=shown)
+        show(self.conversations, visible=self.keeper.enabled)
+        self._draw()
+
+    def _choose(self, conversation_id: str | None) -> None:
+        if not conversation_id or conversation_id == self.keeper.conversation_id or self._stream is not None:
+            return
+        self.keeper.save()
+        self._opening = True
+        self._draw()
+
+        def opened(kept: Conversation) -> None:
+            self._opening = False
+            self._open(kept)
+
+        def failed(error: LLMKitError) -> None:
+            self._opening = False
+            self._tell_trouble(error)
+            self.keeper.list_again()
+            self._draw()
+
+        self._desk.lane.ask(lambda: self._desk.client.conversation(conversation_id), opened, failed)
+
+    def _on_new(self) -> None:
+        def begin() -> None:
+            if self._stream is None and not self._opening:
+                self.keeper.save()
+                self._start_anew()
+                self.keeper.list_again()
+
+        self._desk.lane.call(begin)
+
+    def _start_anew(self) -> None:
+        self.transcript.clear()
+        assign(self.prompt, value="")
+        assign(self._note, value="")
+        self.keeper.start()
+        self._list([])
+
+    def _on_delete(self) -> None:
+        def delete() -> None:
+            if self._stream is None and not self._opening:
+                self.keeper.delete(self._start_anew)
+
+        self._desk.lane.call(delete)
+
+    def _tell_trouble(self, error: LLMKitError | None) -> None:
+        text = f"This conversation is not kept by the server: {error}" if error else ""
+        assign(self._trouble, value=markup.field_error(text) if text else "")
+
+    def _on_export(self) -> None:
+        def export() -> None:
+            turns = self.transcript.turns
+            title = conversation.title_of(turns)
+            text = conversation.to_markdown(title, self.system.value.strip(), turns)
+            try:
+                path = conversation.write_markdown(Path.cwd(), title, text)
+            except OSError as error:
+                told = f"The file cannot be written: {error.strerror}: {error.filename}."
+                assign(self._note, value=markup.field_error(told))
+            else:
+                assign(self._note, value=markup.note(f"Saved as {path.name}, in the folder of the notebook."))
+
+        self._desk.lane.call(export)
 
 
 def describe(answer: Answer) -> str:
@@ -191,6 +359,8 @@ def describe(answer: Answer) -> str:
     if answer.timings.first_token is not None:
         parts.append(f"first token after {markup.seconds_in_words(answer.timings.first_token)}")
     parts.append(f"{markup.seconds_in_words(answer.timings.total)} in all")
+    if answer.cost is not None:
+        parts.append(f"{answer.cost.amount:.4g} {answer.cost.currency}")
     if answer.finish_reason == "length":
         parts.append("cut off at the token limit")
     return " · ".join(parts)

@@ -65,6 +65,14 @@ class Notebook:
         self.run(0)
         self.panel.locator(".llmkit-tab").first.wait_for(state="attached")
 
+    def restart_kernel(self) -> None:
+        """Restart the kernel from the menu, as a person does."""
+        self.page.locator(".lm-MenuBar-item", has_text="Kernel").click()
+        self.page.locator(".lm-Menu-item", has_text=re.compile("^Restart Kernel…")).click()
+        self.page.locator(".jp-Dialog-button.jp-mod-accept").click()
+        self.page.locator(".jp-Dialog").wait_for(state="detached")
+        self.wait_for_kernel()
+
     def save(self) -> str:
         """Save the notebook and give the file's text."""
         before = self.file.stat().st_mtime_ns
@@ -183,6 +191,8 @@ def upstream(lab: JupyterServer) -> Iterator[MockUpstream]:
         yield running
         for one in lab.request("GET", "llm/configurations/").json():
             lab.request("DELETE", f"llm/configuration/{one['config_id']}?unload=true")
+        for one in lab.request("GET", "llm/conversations/").json()["conversations"]:
+            lab.request("DELETE", f"llm/conversations/{one['conversation_id']}")
 
 
 @pytest.fixture

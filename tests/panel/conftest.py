@@ -21,12 +21,14 @@ def upstream() -> Iterator[MockUpstream]:
 
 @pytest.fixture
 def client(server: JupyterServer) -> Iterator[Client]:
-    """Give a client of the real server; every model is deleted before and after, but for that of the session."""
+    """Give a client of the real server; what other tests left is deleted, but for the model of the session."""
 
     def delete_all() -> None:
         for model in connected.models():
             if model.model_id != "demo":
                 connected.delete(model.model_id, unload=True)
+        for conversation in connected.conversations().conversations:
+            connected.delete_conversation(conversation.conversation_id)
 
     with connect(server.url, server.token) as connected:
         delete_all()
