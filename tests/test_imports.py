@@ -25,7 +25,7 @@ SERVER_CHAIN = {
     "llmkit.registry": 4,
     "jupyter_server_ext": 5,
 }
-KERNEL_CHAIN = {"llmkit.client": 1, "llmkit.panel": 2, "llmkit.magics": 2, "llmkit.cli": 2}
+KERNEL_CHAIN = {"llmkit.client": 1, "llmkit.panel": 2, "llmkit.magics": 2, "llmkit.cli": 2, "llmkit.__main__": 3}
 
 # They run as processes of their own; nobody imports them.
 PROGRAMS = {"llmkit.demo.__main__", "llmkit.demo.train"}

@@ -36,8 +36,8 @@ class Server:
         Whether an ``https`` certificate must be trusted, or the path of the certificate (or of its authority).
     uds
         Path of the unix socket that it listens on, if it does.
-    pid
-        Its process, where that is known.
+    pid, root
+        Its process and the folder that it serves, where these are known.
     """
 
     url: str
@@ -45,6 +45,7 @@ class Server:
     verify: bool | str = True
     uds: str | None = None
     pid: int | None = None
+    root: str = ""
 
     @property
     def headers(self) -> dict[str, str]:

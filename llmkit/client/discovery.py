@@ -1,14 +1,15 @@
 """Find the Jupyter server that a kernel or a script belongs to.
 
 In this order: what `connect` is given; ``LLMKIT_SERVER_URL`` and ``LLMKIT_TOKEN``; the server that started the
-kernel; JupyterHub's variables; any running server of this user that answers ``/llm/health``.
+kernel, or the terminal; JupyterHub's variables; any running server of this user that answers ``/llm/health``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -175,10 +176,10 @@ def candidates(url: str | None, environ: Mapping[str, str]) -> Iterator[Candidat
     else:
         yield Candidate("LLMKIT_SERVER_URL", reason="not set")
         folder = runtime_dir()
-        parent = _parent(folder, environ)
-        yield parent
+        started_by = [_parent(folder, environ), _terminal(folder, environ)]
+        yield from started_by
         yield _hub(environ)
-        yield from _running(folder, skip=parent.server)
+        yield from _running(folder, skip={found.server.url for found in started_by if found.server is not None})
 
 
 def _trust(environ: Mapping[str, str]) -> bool | str:
@@ -214,8 +215,37 @@ def _parent(folder: Path, environ: Mapping[str, str]) -> Candidate:
     server = read_server_file(file)
     if server is None:
         return Candidate(source, reason=f"no {file}")
-    # Under JupyterHub the server has no token of its own.
-    return Candidate(source, replace(server, token=server.token or environ.get("JUPYTERHUB_API_TOKEN")))
+    return Candidate(source, _with_token(server, environ))
+
+
+def _terminal(folder: Path, environ: Mapping[str, str]) -> Candidate:
+    """Find the server of a terminal of JupyterLab.
+
+    Jupyter names it in ``JUPYTER_SERVER_URL``, but with the port that it would have liked to have: where that was
+    taken, it is the address of another server. So the server is looked for among the processes above this one, and by
+    the folder that it serves where it is none of them, as within tmux.
+    """
+    source = "the server that started this terminal"
+    root = environ.get("JUPYTER_SERVER_ROOT")
+    if not root:
+        return Candidate(source, reason="JUPYTER_SERVER_ROOT is not set")
+    above: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):  # one has ended meanwhile
+        above = psutil.Process().parents()
+    files = (read_server_file(folder / f"jpserver-{process.pid}.json") for process in above)
+    server = next(filter(None, files), None)
+    if server is None:
+        place = Path(root).absolute()
+        serving = [found for found, alive in running_servers(folder) if alive and Path(found.root) == place]
+        if len(serving) != 1:
+            return Candidate(source, reason=f"{len(serving) or 'no'} running servers serve {root}")
+        (server,) = serving
+    return Candidate(source, _with_token(server, environ))
+
+
+def _with_token(server: Server, environ: Mapping[str, str]) -> Server:
+    # Under JupyterHub a server has no token of its own.
+    return replace(server, token=server.token or environ.get("JUPYTERHUB_API_TOKEN"))
 
 
 def _hub(environ: Mapping[str, str]) -> Candidate:
@@ -233,12 +263,12 @@ def _hub(environ: Mapping[str, str]) -> Candidate:
     return Candidate("JupyterHub", Server(f"{parts.scheme}://{parts.netloc}/{prefix.strip('/')}/", token))
 
 
-def _running(folder: Path, skip: Server | None) -> Iterator[Candidate]:
+def _running(folder: Path, skip: Collection[str]) -> Iterator[Candidate]:
     ended = 0
     for server, alive in running_servers(folder):
         if not alive:
             ended += 1
-        elif skip is None or server.url != skip.url:
+        elif server.url not in skip:
             yield Candidate(f"running server {server.url}", server)
     note = f" ({ended} left by servers that have ended)" if ended else ""
     yield Candidate("running servers", reason=f"no more in {folder}{note}")
@@ -265,7 +295,7 @@ def read_server_file(file: Path) -> Server | None:
         uds = told.get("sock") or None
         # Over a unix socket the host is only a name.
         url = f"http://localhost{told['base_url']}" if uds else parse_url(told["url"])[0]
-        return Server(url, told.get("token") or None, uds=uds, pid=int(told["pid"]))
+        return Server(url, told.get("token") or None, uds=uds, pid=int(told["pid"]), root=str(told.get("root_dir", "")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ServerNotFound):
         return None
 
