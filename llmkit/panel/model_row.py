@@ -66,7 +66,7 @@ class ModelRow:
 
         words = kit.box(self._head, self._facts, name="llmkit-words")
         actions = kit.row(self.ask, self.load, self.cancel, self.unload, name="llmkit-buttons")
-        tools = kit.row(self.log, self.code, self.edit, self.duplicate, self.delete, name="llmkit-tools")
+        tools = kit.row(self.log, self.code, self.edit, self.duplicate, self.delete, name="llmkit-row-tools")
         self.widget = kit.box(
             kit.row(words, actions, name="llmkit-row-top"),
             self._progress,

@@ -14,8 +14,8 @@ from llmkit.panel.model_row import ModelRow
 from llmkit.panel.widgets import assign, beside_cells, show
 from llmkit.schemas import Devices, Model, Snapshot
 
-QUIET_SECONDS = 10.0
-"""So often is the machine looked at while it holds no model."""
+LIVE_SECONDS, QUIET_SECONDS = 1.5, 10.0
+"""So often is the machine looked at while it holds a model, and while it holds none."""
 DEMO = {"model_id": "demo", "model_name": "llmkit/demo", "model_type": "vllm"}
 
 _WELCOME = (
@@ -75,8 +75,8 @@ class ModelsTab:
         self._arrange()
         show(self._welcome, visible=not known)
         if added:
-            self._poll_at = 0.0
             self._ask_who_keeps_them()
+        self.refresh()  # while one event follows the other, the panel's clock does not come to its turn
 
     def _is_older(self, snapshot: Snapshot) -> bool:
         if self._shown is None:
@@ -105,7 +105,7 @@ class ModelsTab:
             return
         self._polling = True
         live = any(each.model.status in ("loading", "loaded", "unloading") for each in self.rows.values())
-        self._poll_at = 0.0 if live else time.monotonic() + QUIET_SECONDS
+        self._poll_at = time.monotonic() + (LIVE_SECONDS if live else QUIET_SECONDS)
         client = self._desk.client
 
         def work() -> tuple[Snapshot, Devices | None]:

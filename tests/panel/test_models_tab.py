@@ -90,6 +90,7 @@ class Stage:
 
     def refresh(self) -> None:
         """Poll as the panel's clock does, and wait for the answer."""
+        wait_until(lambda: not self.tab._polling, "the answer to an earlier question", 10)
         self.tab._poll_at = 0.0
         self.lane.call(self.tab.refresh)
         self.settle()
@@ -190,13 +191,11 @@ def test_requests_and_memory_are_read_while_a_model_answers(
     asking.start()
     try:
         assert asked.wait(5)
-        stage.refresh()
-        assert "1 running" in row._facts.value
+        wait_until(lambda: stage.refresh() or "1 running" in row._facts.value, "the request", 5)
     finally:
         go.set()
         asking.join()
-    stage.refresh()
-    assert "no requests" in row._facts.value
+    wait_until(lambda: stage.refresh() or "no requests" in row._facts.value, "its end", 5)
 
 
 def test_when_a_model_goes_is_counted_down(stage: Stage, client: Client, upstream: MockUpstream) -> None:
@@ -210,14 +209,13 @@ def test_when_a_model_goes_is_counted_down(stage: Stage, client: Client, upstrea
     assert "unloads now if idle" in row._facts.value
 
 
-def test_the_machine_is_shown_with_the_share_of_a_model(stage: Stage, client: Client) -> None:
-    assert "RAM" in stage.tab._devices.value
+def test_the_machine_is_shown_with_the_share_of_a_model_as_soon_as_it_is_loaded(stage: Stage, client: Client) -> None:
+    wait_until(lambda: "used" in stage.tab._devices.value, "the machine", 5)
     fake(client)
     client.load("local", progress=False)
-    stage.status("local", "loaded")
-    stage.refresh()
-    assert "used" in stage.tab._devices.value
-    assert "<span>local</span>" in stage.tab._devices.value
+    row = stage.status("local", "loaded")
+    wait_until(lambda: "<span>local</span>" in stage.tab._devices.value, "the share", 5)
+    wait_until(lambda: "MiB RAM" in row._facts.value, "the memory", 5)
 
 
 def test_one_question_at_a_time_and_rarely_while_nothing_is_loaded(
@@ -230,8 +228,9 @@ def test_one_question_at_a_time_and_rarely_while_nothing_is_loaded(
         assert go.wait(10)
         raise NotReady("Not now.")
 
-    wait_until(lambda: stage.watcher.snapshot is not None, "the state")
+    wait_until(lambda: "used" in stage.tab._devices.value, "the machine")
     stage.settle()
+    stage.tab._poll_at = 0.0
     monkeypatch.setattr(client, "devices", slow)
     for _ in range(3):
         stage.lane.call(stage.tab.refresh)
@@ -253,8 +252,10 @@ def test_a_server_that_does_not_answer_ends_no_polling(
     def refuse() -> Snapshot:
         raise NotReady("Not now.")
 
+    wait_until(lambda: "used" in stage.tab._devices.value, "the machine")
     monkeypatch.setattr(client, "snapshot", refuse)
     stage.refresh()
+    stage.tab._devices.value = ""
     monkeypatch.undo()
     stage.refresh()
     assert "used" in stage.tab._devices.value

@@ -93,7 +93,9 @@ export default () => {
         if (/^(Arrow|Page|Home|End)/.test(event.key)) event.stopPropagation();
       });
       box.append(view.text);
-      root.append(box, view.note, view.copy);
+      const foot = element("div", "llmkit-log-foot");
+      foot.append(view.note, view.copy);
+      root.append(box, foot);
       el.append(root);
       views.add(view);
       draw(view, lines);
