@@ -226,7 +226,7 @@ LINES = (
     "para;**bold** x;***both***;***;---;--;-;=;===;- a;- b;  - n;+ p;* s;*;1. one;2. two;2) alt;10. ten;    code;  in;"
     "> q;> - ql;lazy;# h;## ;```;```py;~~~;a | b;--- | ---;|---|---|;1 | 2;[r]: http://x.y/z;[r] and [q];\t- tab;`c`;"
     "<div>;![i](http://a/b.png);- [ ] t;https://e.com/x;;;;;;"
-).split(";")
+)
 CUT = """([lines, count]) => {
   const { makeBody, markdown, elementsOf, element } = inside;
   let seed = 7;
@@ -248,7 +248,7 @@ CUT = """([lines, count]) => {
 
 
 def test_any_markdown_is_the_same_in_pieces_as_in_one(stage: Stage) -> None:
-    assert stage.page.evaluate(CUT, [LINES, 600]) == []
+    assert stage.page.evaluate(CUT, [LINES.split(";"), 600]) == []
 
 
 HOSTILE = [
@@ -450,6 +450,11 @@ def test_the_first_piece_is_there_at_once_and_only_the_end_is_followed(stage: St
       return box.scrollHeight - box.scrollTop - box.clientHeight;
     })()"""
     assert stage.page.evaluate(at_end) < 2
+    for compact in ("true", "false"):  # the end is further away before the page hears of its own scrolling
+        stage.transcript.begin("demo", "What?\n" * 5)
+        stage.page.evaluate(f"model.set('compact', {compact})")
+        stage.settle()
+        assert stage.page.evaluate(at_end) < 2
     stage.page.locator(".llmkit-transcript").hover()
     stage.page.mouse.wheel(0, -60)
     stage.page.wait_for_timeout(300)

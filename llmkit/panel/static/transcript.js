@@ -153,9 +153,12 @@ const makeView = (model, el) => {
   const view = { box, list, said, turns: [], atEnd: true, top: 0 };
 
   const follow = () => {
-    if (view.atEnd) box.scrollTop = box.scrollHeight;
+    if (!view.atEnd) return;
+    box.scrollTop = box.scrollHeight;
+    view.top = box.scrollTop;
   };
   const scrolled = () => {
+    if (box.scrollTop === view.top) return; // that was us; by now there may be more below
     const rest = box.scrollHeight - box.scrollTop - box.clientHeight;
     view.atEnd = rest < 2 || (rest < NEAR_THE_END && box.scrollTop >= view.top);
     view.top = box.scrollTop;
