@@ -18,6 +18,7 @@ from support import JupyterServer, wait_until
 
 from llmkit.client import Client, Watcher, connect
 from llmkit.errors import NotReady
+from llmkit.panel import Panel
 from llmkit.panel.desk import Desk
 from llmkit.panel.lane import Lane
 from llmkit.panel.log_drawer import KEPT_LINES, LogDrawer, plain
@@ -446,6 +447,18 @@ def test_a_log_ends_with_its_row(stage: Stage, client: Client, end: str) -> None
     wait_until(log_threads, "the thread")
     row = stage.row("local")
     row.close() if end == "row" else drawer.close()
+    wait_until(lambda: not log_threads(), "the end of the thread", 5)
+
+
+def test_a_log_ends_with_the_panel(client: Client) -> None:
+    fake(client)
+    panel = Panel(client)
+    wait_until(lambda: panel.models is not None and panel.models.rows, "the row")
+    assert panel.models is not None
+    next(iter(panel.models.rows.values())).log.click()
+    wait_until(log_threads, "the thread")
+    assert panel._lane.settle(5)
+    panel.close()
     wait_until(lambda: not log_threads(), "the end of the thread", 5)
 
 
