@@ -13,7 +13,8 @@ from llmkit.schemas import Devices, GPUDevice, RAMDevice, Share
 LOOKS = 6
 """So many models look different; the style sheet has a colour and a pattern for each."""
 WAITING = (
-    '<div class="llmkit-devices"><section class="llmkit-device"><div class="llmkit-device-head"><b>RAM</b><span></span></div>'
+    '<div class="llmkit-devices"><section class="llmkit-device">'
+    '<div class="llmkit-device-head"><b>RAM</b><span></span></div>'
     '<div class="llmkit-meter"></div><ul class="llmkit-legend"><li>&nbsp;</li></ul></section></div>'
 )
 """Takes the room until the machine is known."""
