@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from llmkit.client import Client, Configuration, ModelType
+from llmkit.client import Configuration, ModelType
 from llmkit.errors import ConfigurationReadOnly, LLMKitError, ModelIsLoaded
 from llmkit.panel import code, form_text, markup
 from llmkit.panel.code_view import CodeView
 from llmkit.panel.desk import Desk
 from llmkit.panel.form import MISSING, MODEL_ID, Form
-from llmkit.panel.form_check import Checker
+from llmkit.panel.form_check import Checked, Checker, check
 from llmkit.panel.form_marks import FormMarks
 from llmkit.panel.form_values import is_mark, spread, suggest_id
 from llmkit.panel.key_field import KeyField
 from llmkit.panel.widgets import assign, beside_cells, show
-from llmkit.schemas import OPTIONAL_FIELDS, LoadPlan
+from llmkit.schemas import OPTIONAL_FIELDS
 
 NOT_ALLOWED = "You may look at the models of this server and ask them, but not configure any."
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the server says about the form."""
-
-    plan: LoadPlan | None
-    needs_reload: LLMKitError | None
-    """Its words, if what is entered asks for a reload of the live model."""
 
 
 class ConfigureTab:
@@ -43,7 +33,7 @@ class ConfigureTab:
         self._wanted: Callable[[], Any] | None = None
         kit, lane = desk.kit, desk.lane
         self._checker: Checker[Checked] = Checker(lane, self._begin_check, self._checked, self._check_failed)
-        self.form = Form(kit, lambda: lane.call(self._checker.changed), lane.call)
+        self.form = Form(kit, lambda: lane.call(self._on_change), lane.call)
 
         self._what = kit.html()
         self.cancel = kit.button("Cancel", lambda: lane.call(self._on_cancel), tip="Leave the configuration as it is")
@@ -185,6 +175,11 @@ class ConfigureTab:
 
     # -- checking ----------------------------------------------------------------------------------------------
 
+    def _on_change(self) -> None:
+        if (key := self.form.key) is not None:
+            key[1].refresh()
+        self._checker.changed()
+
     def _begin_check(self) -> Callable[[], Checked] | None:
         self._show_code()
         if self._saving:
@@ -251,7 +246,7 @@ class ConfigureTab:
             self._allow(saving=True)
             self._checker.drop()
             place = self.form.key
-            if place is None or not isinstance(place[1].control, KeyField) or not place[1].control.is_typed:
+            if place is None or not isinstance(place[1].control, KeyField):
                 self._send(self.form.body(), load=load, reload=reload)
                 return
             # The key comes in a message of its own, goes into the request, and is nowhere after that.
@@ -305,11 +300,3 @@ class ConfigureTab:
         self._saving = saving
         for each in (*self._buttons, self.cancel):
             assign(each, disabled=saving)
-
-
-def check(client: Client, body: dict[str, Any], config_id: str | None) -> Checked:
-    """Ask the server about a configuration, or about a change of one; a change that needs a reload is no mistake."""
-    try:
-        return Checked(client.check(**body, config_id=config_id), None)
-    except ModelIsLoaded as error:
-        return Checked(client.check(**body, config_id=config_id, reload=True), error)

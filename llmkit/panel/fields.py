@@ -160,7 +160,7 @@ class Field:
             self.touched = False
             if isinstance(self.control, KeyField):
                 self.control.forget()
-                self._show_stored()
+                self.refresh()
             else:
                 self.control.value = self._shown = self._write(value)
         finally:
@@ -176,20 +176,20 @@ class Field:
             return value
         return "" if value is _NOTHING or value is None else _write(self.argument, value)
 
-    def _show_stored(self) -> None:
-        """Say at a key field what is there already."""
+    def refresh(self) -> None:
+        """Say at a key field what is there already; to be called after a change, on the panel's thread."""
+        if self.forget is None:
+            return
         stored = self._put is not _NOTHING
         told = KEY_PLACEHOLDER
         if stored:
             told = self._put if isinstance(self._put, str) else "a key is stored"
             told = f"{told}; type to replace it"
         assign(self.control, placeholder=told)
-        if self.forget is not None:
-            show(self.forget, visible=stored)
+        show(self.forget, visible=stored and not self.control.is_typed)
 
     def _on_forget(self) -> None:
         self._put = _NOTHING
-        self._show_stored()
         self._on_change()
 
     def _on_change(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from llmkit.client import ModelType
 from llmkit.errors import ConfigurationExists, LLMKitError
 from llmkit.panel import markup
 from llmkit.panel.fields import Argument, Field, read_arguments
+from llmkit.panel.form_check import stand_ins
 from llmkit.panel.form_section import Section
 from llmkit.panel.form_values import ENGINE, GENERATION, OWN, Place, gather, is_mark, place_of, spread
 from llmkit.panel.key_field import KeyField
@@ -22,6 +22,11 @@ from llmkit.schemas import OPTIONAL_FIELDS, ModelConfigRequest
 MODEL_ID, MODEL_NAME = (OWN, "model_id"), (OWN, "model_name")
 GROUPS = {"memory": "Memory", "parallelism": "Parallelism", "other": "More engine arguments"}
 MISSING = "is missing"
+_PRICES = {
+    "input": "Price of a million prompt tokens.",
+    "output": "Price of a million answer tokens.",
+    "currency": "Three capital letters, for example EUR.",
+}
 _KEY_IS_TYPED = "typed"
 """Stands for a new key where a body is only shown."""
 
@@ -169,9 +174,8 @@ class Form:
         return self.body_with_key(_KEY_IS_TYPED if self.key_is_typed else "")
 
     def body_to_check(self) -> dict[str, Any]:
-        """Give the same with names in the place of those that are missing: all else can be checked then."""
-        # No other model can have this name.
-        return {"model_name": "unnamed", **self.body(), **({} if self.has_id else {"model_id": uuid.uuid4().hex})}
+        """Give the same with other names in the place of those that are missing."""
+        return {**stand_ins(), **self.body()}
 
     @property
     def has_id(self) -> bool:
@@ -306,6 +310,9 @@ def _problems(error: LLMKitError | None) -> list[tuple[str, str]]:
 
 def _policies(named: Mapping[str, Argument], schema: Mapping[str, Any]) -> dict[Place, Argument]:
     """Give what can be said about a configuration of any type; the prices are a field each."""
-    prices = [dataclasses.replace(one, name=f"prices.{one.name}") for one in read_arguments(schema["$defs"]["Prices"])]
+    prices = []
+    for one in read_arguments(schema["$defs"]["Prices"]):
+        about = _PRICES.get(one.name, one.description)
+        prices.append(dataclasses.replace(one, name=f"prices.{one.name}", description=about))
     own = [one for name in OPTIONAL_FIELDS for one in (prices if name == "prices" else [named[name]])]
     return {(OWN, one.name): one for one in own}

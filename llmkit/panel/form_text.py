@@ -10,7 +10,8 @@ from llmkit.schemas import LoadPlan, MemoryEstimate
 
 def field_problem(text: str) -> str:
     """Give what is wrong with a field; a screen reader says it when the person stops typing, not in between."""
-    return f'<div class="llmkit-field-error" role="status">{escape(text)}</div>'
+    told = text[:1].upper() + text[1:]
+    return f'<div class="llmkit-field-error" role="status">{escape(told)}</div>'
 
 
 def memory_line(plan: LoadPlan) -> str:

@@ -86,4 +86,7 @@ class KeyField(anywidget.AnyWidget):
         if waiting is not None:
             then, timer = waiting
             timer.cancel()
-            then(str(content.get("value") or ""))
+            value = str(content.get("value") or "")
+            # A page that was loaded anew has lost it.
+            self.is_typed = bool(value)
+            then(value)

@@ -48,6 +48,9 @@ class Page:
 class Person:
     """Does what a person does with the tab."""
 
+    page: Page
+    """Of the key field."""
+
     def __init__(self, client: Client, lane: Lane, may: frozenset[str]) -> None:
         self.client = client
         self.lane = lane
@@ -87,11 +90,6 @@ class Person:
         for name, value in values.items():
             self.field(name.replace("__", ".")).control.value = value
 
-    def key_page(self) -> Page:
-        control = self.field("api_key").control
-        assert isinstance(control, KeyField)
-        return Page(control)
-
     def open(self, config_id: str, *, as_copy: bool = False) -> None:
         self.lane.call(lambda: self.tab.open(config_id, as_copy=as_copy))
 
@@ -116,10 +114,10 @@ class Person:
         self.settle()
 
     def complaint(self, name: str, part: str = "") -> str:
-        return str(self.field(name, part)._error.value)
+        return str(self.field(name, part)._error.value).lower()
 
     def wait_for_complaint(self, name: str, text: str) -> None:
-        wait_until(lambda: text in self.complaint(name), f"{text} at {name}", 5)
+        wait_until(lambda: text.lower() in self.complaint(name), f"{text} at {name}", 5)
 
 
 def hidden(widget: w.DOMWidget) -> bool:
@@ -136,6 +134,7 @@ def person(client: Client, lane: Lane) -> Person:
     """Give a person before an empty form, set to an openai model."""
     made = Person(client, lane, frozenset({"read", "execute", "write"}))
     made.choose("openai")
+    made.page = Page(made.field("api_key").control)
     return made
 
 
@@ -233,7 +232,7 @@ def test_a_key_reaches_the_endpoint_and_nothing_else(
     person: Person, upstream: MockUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream.key = CANARY
-    page = person.key_page()
+    page = person.page
     person.fill(model_id="formed", model_name="gpt-3", base_url=upstream.base_url)
     page.type(CANARY)
     checked: list[Any] = []
@@ -252,7 +251,7 @@ def test_a_key_reaches_the_endpoint_and_nothing_else(
 
 
 def test_a_key_of_a_refused_configuration_need_not_be_typed_again(person: Person, upstream: MockUpstream) -> None:
-    page = person.key_page()
+    page = person.page
     page.type(CANARY)
     person.fill(model_id="formed", model_name="gpt-3", base_url="nonsense")
     person.press(person.tab.save)
@@ -268,7 +267,7 @@ def test_a_page_that_does_not_answer_is_said_and_the_form_stays_usable(
     person: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmkit.panel.key_field.ANSWER_SECONDS", 0.05)
-    person.key_page().type(CANARY)
+    person.page.type(CANARY)
     control = person.field("api_key").control
     control.send = lambda message: None
     person.fill(model_id="formed", model_name="gpt-3")
@@ -278,7 +277,7 @@ def test_a_page_that_does_not_answer_is_said_and_the_form_stays_usable(
 
 
 def test_start_anew_empties_the_form_after_asking(person: Person) -> None:
-    page = person.key_page()
+    page = person.page
     page.type(CANARY)
     person.fill(model_id="draft")
     person.press(person.tab.start_anew)
@@ -379,11 +378,22 @@ def test_every_wrong_field_is_named_in_its_own_part(person: Person) -> None:
     assert "valid integer" in person.complaint("max_model_len")
 
 
+def test_a_wrong_name_does_not_hide_what_else_is_wrong(person: Person) -> None:
+    person.press_fold("Policies")
+    person.fill(model_id="not a name", base_url="nonsense", max_queued="many")
+    person.press_fold("More engine arguments")
+    person.fill(max_retries="99")
+    person.wait_for_complaint("max_retries", "less than or equal to 10")
+    assert "does not fit" in person.complaint("model_id")
+    assert "valid integer" in person.complaint("max_queued")
+    assert person.complaint("model_name") == ""
+
+
 def test_a_name_that_is_taken_is_said_at_the_name(person: Person, configure: Callable[[str], None]) -> None:
     configure("formed")
     person.fill(model_id="formed", model_name="gpt-4o-mini")
     person.wait_for_complaint("model_id", "configured already")
-    assert "PUT" not in person.complaint("model_id")
+    assert "put /llm" not in person.complaint("model_id")
     person.press(person.tab.save)
     wait_until(lambda: "another value" in person.tab._result.value, "the refusal", 5)
 
@@ -442,7 +452,7 @@ def shown_code(person: Person) -> str:
 
 
 def test_the_form_is_shown_as_code_without_its_key(person: Person, upstream: MockUpstream) -> None:
-    person.key_page().type(CANARY)
+    person.page.type(CANARY)
     person.fill(model_id="coded", model_name="gpt-3", base_url=upstream.base_url)
     wait_until(lambda: "client.configure" in shown_code(person), "the code", 5)
     assert upstream.base_url in shown_code(person)
@@ -510,7 +520,7 @@ def test_what_is_changed_or_emptied_is_changed_or_removed_and_all_else_stays(
 
 def test_a_stored_key_can_be_replaced_and_removed(person: Person, stored: Configuration) -> None:
     person.edit(stored.config_id)
-    person.key_page().type("sk-another")
+    person.page.type("sk-another")
     person.save()
     replaced = person.client.configuration(stored.config_id).model_kwargs["api_key"]
     assert replaced["secret"] is True
@@ -524,9 +534,17 @@ def test_a_stored_key_can_be_replaced_and_removed(person: Person, stored: Config
     assert "api_key" not in person.client.configuration(stored.config_id).model_kwargs
 
 
+def test_a_page_that_has_lost_a_new_key_leaves_the_stored_one(person: Person, stored: Configuration) -> None:
+    person.edit(stored.config_id)
+    person.page.type("sk-another")
+    person.page.typed = ""
+    person.save()
+    assert person.client.configuration(stored.config_id) == stored
+
+
 def test_another_address_asks_for_its_key_until_one_is_typed(person: Person, stored: Configuration) -> None:
     person.edit(stored.config_id)
-    page = person.key_page()
+    page = person.page
     person.fill(base_url="http://127.0.0.1:9/v1")
     person.wait_for_complaint("api_key", "The stored key is for")
     page.type("sk-another")

@@ -182,20 +182,25 @@ MARK = {"secret": True, "set_at": "2026-01-01T00:00:00+00:00"}
 
 @pytest.mark.parametrize(("stored", "said"), [(MARK, "a key is stored"), ("env:A_TOKEN", "env:A_TOKEN")])
 def test_a_stored_key_is_kept_until_another_is_typed_or_it_is_removed(stored: Any, said: str) -> None:
-    field = Field(Kit(), Argument("api_key", "secret"))
+    changes: list[bool] = []
+    field = Field(Kit(), Argument("api_key", "secret"), lambda: changes.append(field.touched))
     assert isinstance(field.control, KeyField)
+    assert field.forget is not None
     page = Page(field.control)
     assert (field.given, field.is_set) == ({}, False)
     field.put(stored)
     assert field.control.placeholder == f"{said}; type to replace it"
     assert (field.given, field.is_set) == ({"api_key": stored}, True)
     page.type("sk-canary")
-    assert (field.given, field.is_set, field.touched) == ({}, True, True)
+    assert (field.given, field.is_set, changes) == ({}, True, [True])
+    field.refresh()
+    assert "llmkit-hidden" in field.forget._dom_classes
     page.type("")
     assert field.given == {"api_key": stored}
-    assert field.forget is not None
+    field.refresh()
     assert "llmkit-hidden" not in field.forget._dom_classes
     field.forget.click()
+    field.refresh()
     assert (field.given, field.is_set) == ({}, False)
     assert "llmkit-hidden" in field.forget._dom_classes
     assert "stored" not in field.control.placeholder

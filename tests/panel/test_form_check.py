@@ -109,3 +109,14 @@ def test_an_answer_that_is_dropped_is_not_told(asked: Asked) -> None:
     wait_until(lambda: asked.under_way == 0, "the end", 2)
     assert asked.lane.settle(2)
     assert asked.told == []
+
+
+def test_a_check_that_is_to_come_is_dropped_too(asked: Asked) -> None:
+    asked.change("one")
+    asked.lane.call(asked.checker.drop)
+    time.sleep(QUIET * 3)
+    assert asked.lane.settle(2)
+    assert asked.asked == []
+    asked.change("two")
+    asked.answer.release()
+    wait_until(lambda: asked.told == ["two"], "the answer", 2)
