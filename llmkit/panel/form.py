@@ -161,7 +161,7 @@ class Form:
     def body(self, values: Mapping[Place, Any] | None = None) -> dict[str, Any]:
         """Give the fields of the configuration, without those that are empty, and without a new key."""
         made = gather(self.values() if values is None else values, self._table, self._like)
-        head = {name: made[name] for name in ("model_id", "model_name") if name in made}
+        head: dict[str, Any] = {name: made[name] for name in ("model_id", "model_name") if name in made}
         return {**head, "model_type": self.model_type.value or "", **made}
 
     def body_with_key(self, key: str) -> dict[str, Any]:
