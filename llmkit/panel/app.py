@@ -107,7 +107,7 @@ class Panel(w.VBox):
     def _ipython_display_(self) -> None:
         # What is saved in the notebook: without a kernel the widget cannot be drawn, and this card takes its place.
         display({"text/html": RUN_CARD, "text/plain": repr(self)}, raw=True)  # type: ignore[no-untyped-call]
-        display(self._repr_mimebundle_(), raw=True)  # type: ignore[no-untyped-call]
+        display({**self._repr_mimebundle_(), "text/plain": ""}, raw=True)  # type: ignore[no-untyped-call]
 
     def comparison(self) -> DataFrame:
         """Give what the tab *Compare* has measured, a row for each answer.
@@ -186,8 +186,13 @@ class Panel(w.VBox):
         self.prompt, self.compare = PromptTab(desk), CompareTab(desk)
         tabs = [each.widget for each in (self.models, self.configure, self.prompt, self.compare)]
         self._tabs = self._kit.make(w.Tab, tabs, titles=TITLES, selected_index=MODELS)
+        self._tabs.observe(lambda change: self._lane.call(lambda: self._opened(change["new"])), "selected_index")
         beside_cells(self._tabs)
         self._body.children = (self._tabs,)
+
+    def _opened(self, tab: int | None) -> None:
+        if self.compare is not None and tab == COMPARE:
+            self.compare.open()
 
     def _open(self, tab: int) -> None:
         if self._tabs is not None:

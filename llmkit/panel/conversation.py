@@ -5,6 +5,7 @@ The server keeps it, so that a restarted kernel and a second panel find it again
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
 from collections.abc import Callable, Iterable
@@ -228,10 +229,8 @@ class Keeper:
         conversation_id = self.conversation_id
 
         def work() -> None:
-            try:
+            with contextlib.suppress(NotFound):  # it was never kept, or another panel was quicker
                 self._desk.client.delete_conversation(conversation_id)
-            except NotFound:
-                pass  # it was never kept, or another panel was quicker
 
         def deleted(_: None) -> None:
             then()

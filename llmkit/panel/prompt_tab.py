@@ -13,6 +13,7 @@ from llmkit.client import Answer, AnswerStream
 from llmkit.errors import LLMKitError
 from llmkit.panel import code, conversation, markup
 from llmkit.panel.code_view import CodeView
+from llmkit.panel.comparison import measured, note
 from llmkit.panel.conversation import Keeper
 from llmkit.panel.desk import Desk
 from llmkit.panel.options import generation_options
@@ -202,7 +203,7 @@ class PromptTab:
 
     def _end(self, answer: Answer | None) -> None:
         self._stream, self._stopping = None, False
-        self.transcript.end(describe(answer) if answer else "", tool_calls=(answer and answer.tool_calls) or ())
+        self.transcript.end(note(measured(answer)) if answer else "", tool_calls=(answer and answer.tool_calls) or ())
         self._after()
 
     def _fail(self, error: LLMKitError) -> None:
@@ -346,21 +347,3 @@ class PromptTab:
                 assign(self._note, value=markup.note(f"Saved as {path.name}, in the folder of the notebook."))
 
         self._desk.lane.call(export)
-
-
-def describe(answer: Answer) -> str:
-    """Say what an answer took."""
-    parts = []
-    if answer.usage and answer.usage.completion_tokens is not None:
-        count = answer.usage.completion_tokens
-        parts.append(f"{count} token" + ("" if count == 1 else "s"))
-    if answer.timings.tokens_per_second is not None:
-        parts.append(f"{answer.timings.tokens_per_second:.1f} tokens/s")
-    if answer.timings.first_token is not None:
-        parts.append(f"first token after {markup.seconds_in_words(answer.timings.first_token)}")
-    parts.append(f"{markup.seconds_in_words(answer.timings.total)} in all")
-    if answer.cost is not None:
-        parts.append(f"{answer.cost.amount:.4g} {answer.cost.currency}")
-    if answer.finish_reason == "length":
-        parts.append("cut off at the token limit")
-    return " · ".join(parts)

@@ -16,9 +16,10 @@ from support import wait_until
 from llmkit.client import Client
 from llmkit.errors import DiskFull
 from llmkit.panel import Panel
+from llmkit.panel.comparison import measured, note
 from llmkit.panel.desk import Desk
 from llmkit.panel.lane import Lane
-from llmkit.panel.prompt_tab import FIRST_QUESTION, PromptTab, describe
+from llmkit.panel.prompt_tab import FIRST_QUESTION, PromptTab
 from llmkit.panel.widgets import Kit
 from llmkit.schemas import Cost, Snapshot
 
@@ -175,12 +176,12 @@ def test_the_figures_of_an_answer_leave_out_what_is_not_known() -> None:
 
     timings = Timings(queue=0, load=0, first_token=None, total=0.5, tokens_per_second=None)
     answer = Answer(response="x", model_id="m", request_id="r", timings=timings)
-    assert describe(answer) == "0.50 s in all"
+    assert note(measured(answer)) == "0.50 s in all"
     answer.usage = Usage(completion_tokens=1)
     answer.finish_reason = "length"
-    assert describe(answer) == "1 token · 0.50 s in all · cut off at the token limit"
+    assert note(measured(answer)) == "1 token · 0.50 s in all · cut off at the token limit"
     answer.cost = Cost(amount=0.00123, currency="EUR")
-    assert "0.00123 EUR" in describe(answer)
+    assert "0.00123 EUR" in note(measured(answer))
 
 
 # -- conversations -------------------------------------------------------------------------------------------------
