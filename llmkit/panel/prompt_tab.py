@@ -68,6 +68,8 @@ class PromptTab:
         self.send.add_class("llmkit-send")
         self.stop = kit.button("Stop", self._on_stop, tip="End the answer")
         self.export = kit.button("Save as Markdown", self._on_export, tip="Write the conversation into a file")
+        self.undo = kit.button("Undo", self._on_undo, tip="Bring the deleted conversation back")
+        self._deleted: ConversationRequest | None = None
         self._note = kit.html()
         self._trouble = kit.html()
         self.code = CodeView(kit)
@@ -87,13 +89,14 @@ class PromptTab:
                 name="llmkit-composer",
             ),
             kit.row(*(option.widget for option in self.options.values()), name="llmkit-options"),
-            self._note,
+            kit.row(self._note, self.undo, name="llmkit-deleted"),
             self._trouble,
             self.code.widget,
             name="llmkit-tab",
         )
         for field in (self.model, self.conversations, self.system, self.prompt):
             field.add_class("llmkit-field-top")
+        show(self.undo, visible=False)
         self.keeper = Keeper(desk, self._gather, self._list, self._tell_trouble)
         self.keeper.start()
         for control, name in (
@@ -177,11 +180,11 @@ class PromptTab:
         model_id, prompt = self.model.value, self.prompt.value
         if self._stream is not None or self._opening or model_id is None or not prompt.strip():
             return
-        assign(self._note, value="")
+        self._say()
         too_large = [one["name"] for one in self.images.value if len(one["content"]) > MAX_IMAGE_BYTES]
         if too_large:
             text = f"{', '.join(too_large)}: larger than {MAX_IMAGE_BYTES >> 20} MiB. Make it smaller first."
-            assign(self._note, value=markup.field_error(text))
+            self._say(markup.field_error(text))
             return
         body = self._body(model_id, prompt)
         images = self._attached()
@@ -265,6 +268,12 @@ class PromptTab:
         )
 
     def _open(self, kept: Conversation) -> None:
+        self._fill(kept)
+        self.keeper.start(kept.conversation_id, kept.revision)
+        self._draw()
+
+    def _fill(self, kept: ConversationRequest) -> None:
+        self._say()
         self.transcript.show(conversation.turns_of(kept.turns))
         assign(self.system, value=kept.system)
         assign(self.prompt, value=kept.draft)
@@ -272,8 +281,6 @@ class PromptTab:
             option.set(kept.parameters)
         if kept.model_id is not None:
             self.choose(kept.model_id)
-        self.keeper.start(kept.conversation_id, kept.revision)
-        self._draw()
 
     def _list(self, known: list[ConversationSummary]) -> None:
         """Offer the conversations that are kept; the one that is shown is among them in any case."""
@@ -316,18 +323,41 @@ class PromptTab:
         self._desk.lane.call(begin)
 
     def _start_anew(self) -> None:
+        self._say()
         self.transcript.clear()
         assign(self.prompt, value="")
-        assign(self._note, value="")
         self.keeper.start()
         self._list([])
 
     def _on_delete(self) -> None:
         def delete() -> None:
             if self._stream is None and not self._opening:
-                self.keeper.delete(self._start_anew)
+                self.keeper.delete(deleted)
+
+        def deleted() -> None:
+            gone = self._gather()
+            self._start_anew()
+            self._say(markup.note("The conversation is deleted."), undo=gone)
 
         self._desk.lane.call(delete)
+
+    def _on_undo(self) -> None:
+        def undo() -> None:
+            gone = self._deleted
+            if gone is None or self._stream is not None or self._opening:
+                return
+            self.keeper.save()
+            self.keeper.start()
+            self._fill(gone)
+            self.keeper.save()
+
+        self._desk.lane.call(undo)
+
+    def _say(self, said: str = "", *, undo: ConversationRequest | None = None) -> None:
+        """Say what was done last, and whether it can be taken back."""
+        self._deleted = undo
+        assign(self._note, value=said)
+        show(self.undo, visible=undo is not None)
 
     def _tell_trouble(self, error: LLMKitError | None) -> None:
         text = f"This conversation is not kept by the server: {error}" if error else ""
@@ -342,8 +372,8 @@ class PromptTab:
                 path = conversation.write_markdown(Path.cwd(), title, text)
             except OSError as error:
                 told = f"The file cannot be written: {error.strerror}: {error.filename}."
-                assign(self._note, value=markup.field_error(told))
+                self._say(markup.field_error(told))
             else:
-                assign(self._note, value=markup.note(f"Saved as {path.name}, in the folder of the notebook."))
+                self._say(markup.note(f"Saved as {path.name}, in the folder of the notebook."))
 
         self._desk.lane.call(export)

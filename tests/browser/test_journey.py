@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
@@ -80,3 +81,71 @@ def test_from_nothing_to_an_answer_and_back(own_lab: JupyterServer, open_in: Any
     notebook.button("Delete it", row).click()
     notebook.button("Try the demo model").wait_for()
     assert own_lab.request("GET", "llm/configurations/").json() == []
+
+
+def test_every_tab_with_a_real_engine(own_lab: JupyterServer, open_in: Any) -> None:
+    notebook = open_in(own_lab, "")
+    notebook.show_panel()
+    panel = notebook.panel
+
+    # A mistake that only the engine finds, and its cure with one click.
+    notebook.tab("Configure")
+    panel.get_by_label("model_type").select_option("vllm")
+    panel.get_by_label("model_id").fill("capitals")
+    panel.get_by_label("model_name").fill("llmkit/demo")
+    panel.get_by_label("max_model_len").first.fill("100000")
+    panel.locator(".llmkit-memory", has_text="KV cache 128 MiB").wait_for()
+    notebook.photograph("real-configure")
+    notebook.button("Save and load").click()
+    notebook.status("capitals", "failed", LOAD_SECONDS)
+    row = notebook.row("capitals")
+    fix = row.get_by_role("button", name=re.compile("^Set max_model_len to"))
+    fix.wait_for()
+    notebook.photograph("failure-card-light")
+    notebook.use_theme("JupyterLab Dark")
+    notebook.photograph("failure-card-dark")
+    notebook.use_theme("JupyterLab Light")
+    fix.click()
+    notebook.status("capitals", "loading", 5)
+    notebook.button("Log", row).click()
+    notebook.status("capitals", "loaded", LOAD_SECONDS)
+    log = row.get_by_role("log")
+    log.get_by_text(re.compile("vLLM|APIServer|EngineCore")).first.wait_for()
+    panel.locator(".llmkit-legend li", has_text="capitals").wait_for()  # its share of the memory
+    notebook.photograph("real-models")
+    notebook.button("Close log", row).click()
+
+    # A conversation.
+    notebook.button("Ask", row).click()
+    turn = notebook.ask(QUESTION)
+    turn.locator(".llmkit-turn-note", has_text="tokens/s").wait_for()
+    assert ANSWER in turn.locator(".llmkit-answer").inner_text()
+    turn = notebook.ask("Which country has Tokyo as its capital?")
+    turn.locator(".llmkit-turn-note", has_text="tokens/s").wait_for()
+    assert "Japan" in turn.locator(".llmkit-answer").inner_text()
+    notebook.photograph("real-prompt")
+
+    # What was done, as code that runs as it is.
+    panel.get_by_role("button", name=re.compile("Show as code")).click()
+    code = panel.locator(".llmkit-source-text:visible", has_text="client")
+    code.wait_for()
+    panel.get_by_label("Prompt", exact=True).fill("What is the capital of Italy?")
+    code.filter(has_text="Italy").wait_for()
+    notebook.page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(1).fill(code.inner_text())
+    notebook.run(1)
+    notebook.output(1).filter(has_text="The capital of Italy is Rome.").wait_for(timeout=30_000)
+
+    # One model with two sets of parameters, at once.
+    notebook.tab("Compare")
+    notebook.button("Run").wait_for()
+    panel.get_by_role("checkbox", name="Temperature").nth(1).check()
+    notebook.button("Run").click()
+    panel.locator(".llmkit-turn-note:visible", has_text="in all").nth(1).wait_for()
+    figures = panel.locator(".llmkit-figures tbody tr")
+    assert figures.count() == 2
+    assert all("s" in text for text in figures.all_inner_texts())
+    notebook.photograph("real-compare")
+
+    notebook.tab("Models")
+    notebook.button("Unload", row).click()
+    row.get_by_text(re.compile("freed .* of RAM")).wait_for()

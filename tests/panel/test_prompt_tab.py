@@ -261,6 +261,13 @@ def test_a_new_conversation_leaves_the_old_one_to_be_opened_again(panel: Panel, 
     wait_until(lambda: [c.title for c in client.conversations().conversations] == ["Two"], "the deletion", 5)
     wait_until(lambda: asking.transcript.turns == [], "the empty tab", 5)
 
+    # A slip of the hand is taken back.
+    assert not hidden(asking.undo)
+    asking.undo.click()
+    wait_until(lambda: {c.title for c in client.conversations().conversations} == {"One", "Two"}, "its return", 5)
+    assert [turn.prompt for turn in asking.transcript.turns] == ["One"]
+    assert hidden(asking.undo)
+
 
 def test_nothing_is_kept_of_a_conversation_without_a_word(panel: Panel, client: Client) -> None:
     assert panel.prompt is not None
