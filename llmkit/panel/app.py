@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ipywidgets as w
@@ -20,13 +19,12 @@ from llmkit.panel.lane import Lane
 from llmkit.panel.models_tab import ModelsTab
 from llmkit.panel.prompt_tab import PromptTab
 from llmkit.panel.run_card import RUN_CARD
-from llmkit.panel.widgets import Kit, assign, beside_cells, close_all, show
+from llmkit.panel.widgets import STATIC, Kit, assign, beside_cells, close_all, show
 from llmkit.schemas import Conversation, ConversationSummary, Snapshot
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-STATIC = Path(__file__).parent / "static"
 FIRST_LOOK_SECONDS = 0.8
 REFRESH_TICKS = 2
 """Counters and memory are read so often, in seconds; changes of a model come by themselves."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets
 
 from llmkit.panel.code import Code
-from llmkit.panel.widgets import Kit
+from llmkit.panel.widgets import Kit, read_module
 
 SHOWN_CHARACTERS = 20_000
 LANGUAGES = ("python", "curl")
@@ -19,7 +18,7 @@ LANGUAGES = ("python", "curl")
 class CodeFold(anywidget.AnyWidget):
     """Shows code once it is opened. Until then nothing is sent, so that typing costs nothing while it is folded."""
 
-    _esm = Path(__file__).parent / "static" / "code_view.js"
+    _esm = read_module("code_view.js")
     unfolded = traitlets.Bool(False).tag(sync=True)  # noqa: FBT003  # a trait's default has no name
 
     def __init__(self, **values: Any) -> None:

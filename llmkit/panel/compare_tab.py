@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,12 @@ import anywidget
 import ipywidgets as w
 import traitlets
 
-from llmkit.client import Answer, AnswerStream
-from llmkit.errors import LLMKitError
 from llmkit.panel import code, comparison, markup
+from llmkit.panel.asking import Asking, Outcome
 from llmkit.panel.code_view import CodeView
 from llmkit.panel.comparison import Row
 from llmkit.panel.desk import Desk
 from llmkit.panel.options import generation_options
-from llmkit.panel.pace import paced
 from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import assign, beside_cells, close_all, show
 from llmkit.schemas import Snapshot
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
 
 FEWEST, MOST = 2, 6
 KEPT_ROWS = 200
-STOP_TRIES = 25
-STOP_PAUSE_SECONDS = 0.2
 FIRST_QUESTION = "What is the capital of France?"
 NO_MODEL = "No model is loaded. Load one under Models."
 ABOUT = "With panel = llmkit.panel(), panel.comparison() gives every run as a DataFrame."
@@ -45,14 +40,10 @@ class ColumnHead(anywidget.AnyWidget):
 
 
 class Column:
-    """One model with its own parameters, and its answers. Everything but `_read` happens on the panel's thread."""
+    """One model with its own parameters, and its answers; for the panel's thread."""
 
     def __init__(self, desk: Desk, name: str, on_change: Callable[[], Any], on_remove: Callable[[Column], Any]) -> None:
-        self._desk = desk
         self.name = name
-        self._stream: AnswerStream | None = None
-        self._stopping = False
-        self._ended = threading.Event()
 
         kit = desk.kit
         self.model = kit.make(w.Dropdown, description="Model", options=())
@@ -61,6 +52,7 @@ class Column:
             field.add_class("llmkit-field-top")
         self.options = generation_options(desk)
         self.transcript = kit.make(Transcript, compact=True, placeholder="The answer appears here.")
+        self.asking = Asking(desk, self.transcript)
         self.remove = kit.button("Remove", lambda: desk.lane.call(lambda: on_remove(self)), tip=f"Remove column {name}")
         self.widget = kit.box(
             kit.row(kit.make(ColumnHead, text=f"Column {name}"), self.remove, name="llmkit-column-top"),
@@ -77,7 +69,7 @@ class Column:
     @property
     def answering(self) -> bool:
         """Whether an answer is on its way."""
-        return self._stream is not None
+        return self.asking.running
 
     def offer(self, loaded: tuple[str, ...], known: tuple[str, ...], default: str | None) -> None:
         """Offer the models that are loaded; one that was chosen stays, so that what is compared does not change."""
@@ -103,54 +95,17 @@ class Column:
     def begin(self, run: int, body: dict[str, Any], then: Callable[[Row], Any]) -> Row:
         """Ask, and give the row that is filled when the answer has ended, however it ends; ``then`` gets it, too."""
         row = comparison.asked(run, self.name, body)
-        stream = self._desk.client.stream(body["model_id"], body["prompt"], **body["inference_kwargs"])
-        self._stream, self._stopping = stream, False
-        self._ended.clear()
-        self.transcript.begin(body["model_id"], body["prompt"])
 
-        def done(answer: Answer | None) -> None:
-            self._stream = None
-            row.update(comparison.measured(answer) if answer else {"response": stream.text})
-            self.transcript.end(comparison.note(row), tool_calls=(answer and answer.tool_calls) or ())
-            then(row)
-
-        def failed(error: LLMKitError) -> None:
-            self._stream = None
-            row["response"] = stream.text
-            if self._stopping:
+        def ended(outcome: Outcome) -> None:
+            row.update(comparison.measured(outcome.answer) if outcome.answer else {"response": outcome.text})
+            if outcome.stopped:
                 row["finish_reason"] = "stopped"
-                self.transcript.end("Stopped.", "stopped")
-            else:
-                row["error"] = str(error)
-                self.transcript.end(str(error), "failed")
+            elif outcome.error is not None:
+                row["error"] = str(outcome.error)
             then(row)
 
-        self._desk.lane.ask(lambda: self._read(stream), done, failed)
+        self.asking.begin(body, ended)
         return row
-
-    def _read(self, stream: AnswerStream) -> Answer | None:
-        try:
-            for piece in paced(stream.pieces()):
-                self.transcript.append(piece.text, piece.reasoning)
-            return stream.answer
-        finally:
-            self._ended.set()
-
-    def stop(self) -> None:
-        """End the answer that is on its way."""
-        stream = self._stream
-        if stream is None:
-            return
-        self._stopping = True
-
-        def work() -> None:
-            # A request that is only on its way cannot be cancelled yet.
-            for _ in range(STOP_TRIES):
-                stream.cancel()
-                if self._ended.wait(STOP_PAUSE_SECONDS):
-                    return
-
-        self._desk.lane.ask(work)
 
 
 class CompareTab:
@@ -289,4 +244,4 @@ class CompareTab:
 
     def _stop(self) -> None:
         for column in self.columns:
-            column.stop()
+            column.asking.stop()

@@ -10,7 +10,6 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -22,6 +21,7 @@ from llmkit.client import Client
 from llmkit.client.client import LOG_SILENCE_SECONDS
 from llmkit.errors import ConnectError, LLMKitError
 from llmkit.panel.lane import Lane
+from llmkit.panel.widgets import read_module
 
 log = logging.getLogger(__name__)
 KEPT_LINES = 2000
@@ -132,7 +132,7 @@ def _batches(pieces: Iterator[str]) -> Iterator[list[str]]:
 class LogDrawer(anywidget.AnyWidget):
     """Shows a log. Only what is new is sent, by messages; no line is in the widget's state."""
 
-    _esm = Path(__file__).parent / "static" / "log_drawer.js"
+    _esm = read_module("log_drawer.js")
     label = traitlets.Unicode().tag(sync=True)
     kept = traitlets.Int(KEPT_LINES).tag(sync=True)
 

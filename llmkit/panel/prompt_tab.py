@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import base64
-import threading
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 
-from llmkit.client import Answer, AnswerStream
 from llmkit.errors import LLMKitError
 from llmkit.panel import code, conversation, markup
+from llmkit.panel.asking import Asking, Outcome
 from llmkit.panel.code_view import CodeView
-from llmkit.panel.comparison import measured, note
 from llmkit.panel.conversation import Keeper
 from llmkit.panel.desk import Desk
 from llmkit.panel.options import generation_options
-from llmkit.panel.pace import paced
 from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import assign, beside_cells, show
 from llmkit.schemas import Conversation, ConversationRequest, ConversationSummary, Model, Snapshot
 
 FIRST_QUESTION = "What is the capital of France?"
-STOP_TRIES = 25
-STOP_PAUSE_SECONDS = 0.2
 IMAGE_TYPES = "image/png,image/jpeg,image/webp,image/gif"
 MAX_IMAGE_BYTES = 4 << 20
 
@@ -36,10 +31,9 @@ class PromptTab:
         self._desk = desk
         self._wanted: str | None = None
         self._loaded: dict[str, Model] = {}
-        self._stream: AnswerStream | None = None
-        self._stopping = False
-        self._ended = threading.Event()
         self._opening = False
+        self._listing = False
+        self._known: list[ConversationSummary] = []
 
         kit = desk.kit
         self.model = kit.make(w.Dropdown, description="Model", options=())
@@ -48,6 +42,7 @@ class PromptTab:
         self.new = kit.button("New", self._on_new, tip="Begin a new conversation; this one is kept")
         self.delete = kit.button("Delete", self._on_delete, tip="Delete this conversation")
         self.transcript = kit.make(Transcript)
+        self._asking = Asking(desk, self.transcript)
         self.system = kit.make(w.Textarea, description="System prompt (optional)", rows=1)
         self.prompt = kit.make(
             w.Textarea,
@@ -66,7 +61,7 @@ class PromptTab:
         self.images.multiple = True
         self.send = kit.button("Send", self._on_send, style="primary", tip="Send the prompt (Ctrl+Enter)")
         self.send.add_class("llmkit-send")
-        self.stop = kit.button("Stop", self._on_stop, tip="End the answer")
+        self.stop = kit.button("Stop", self._asking.stop, tip="End the answer")
         self.export = kit.button("Save as Markdown", self._on_export, tip="Write the conversation into a file")
         self.undo = kit.button("Undo", self._on_undo, tip="Bring the deleted conversation back")
         self._deleted: ConversationRequest | None = None
@@ -108,7 +103,7 @@ class PromptTab:
             *((control, "value") for option in self.options.values() for control in (option.switch, option.control)),
         ):
             control.observe(lambda _: desk.lane.call(self._changed), name)
-        self.conversations.observe(lambda change: desk.lane.call(lambda: self._choose(change["new"])), "value")
+        self.conversations.observe(self._on_choice, "value")
         self._draw()
         beside_cells(self.widget)
 
@@ -134,7 +129,7 @@ class PromptTab:
             self._wanted = model_id
 
     def _draw(self) -> None:
-        answering = self._stream is not None
+        answering = self._asking.running
         show(self._no_model, visible=not self.model.options)
         assign(self.send, disabled=answering or not self.model.options or "execute" not in self._desk.may)
         assign(self.stop, disabled=not answering)
@@ -178,7 +173,7 @@ class PromptTab:
 
     def _begin(self) -> None:
         model_id, prompt = self.model.value, self.prompt.value
-        if self._stream is not None or self._opening or model_id is None or not prompt.strip():
+        if self._asking.running or self._opening or model_id is None or not prompt.strip():
             return
         self._say()
         too_large = [one["name"] for one in self.images.value if len(one["content"]) > MAX_IMAGE_BYTES]
@@ -188,53 +183,16 @@ class PromptTab:
             return
         body = self._body(model_id, prompt)
         images = self._attached()
-        self._ended.clear()
-        stream = self._stream = self._desk.client.stream(model_id, prompt, **body["inference_kwargs"])
-        self.transcript.begin(model_id, prompt, images)
+        self._asking.begin(body, self._ended, images)
         assign(self.prompt, value="")
         self.images.value = ()
         self._draw()
-        self._desk.lane.ask(lambda: self._read(stream), self._end, self._fail)
 
-    def _read(self, stream: AnswerStream) -> Answer | None:
-        try:
-            for piece in paced(stream.pieces()):
-                self.transcript.append(piece.text, piece.reasoning)
-            return stream.answer
-        finally:
-            self._ended.set()
-
-    def _end(self, answer: Answer | None) -> None:
-        self._stream, self._stopping = None, False
-        self.transcript.end(note(measured(answer)) if answer else "", tool_calls=(answer and answer.tool_calls) or ())
-        self._after()
-
-    def _fail(self, error: LLMKitError) -> None:
-        stopped = self._stopping
-        self._stream, self._stopping = None, False
-        self.transcript.end("Stopped." if stopped else str(error), "stopped" if stopped else "failed")
-        if not stopped and not self.prompt.value:
+    def _ended(self, outcome: Outcome) -> None:
+        if outcome.error is not None and not self.prompt.value:
             self.prompt.value = self.transcript.turns[-1].prompt  # to try it again
-        self._after()
-
-    def _after(self) -> None:
         self._draw()
         self.keeper.save()
-
-    def _on_stop(self) -> None:
-        stream = self._stream
-        if stream is None:
-            return
-        self._stopping = True
-
-        def work() -> None:
-            # A request that is only on its way cannot be cancelled yet.
-            for _ in range(STOP_TRIES):
-                stream.cancel()
-                if self._ended.wait(STOP_PAUSE_SECONDS):
-                    return
-
-        self._desk.lane.ask(work)
 
     # -- conversations -----------------------------------------------------------------------------------------
 
@@ -246,7 +204,7 @@ class PromptTab:
 
     def tick(self) -> None:
         """Keep what was changed since the last time."""
-        if self._stream is None and not self._opening:
+        if not self._asking.running and not self._opening:
             self.keeper.save()
 
     def _changed(self) -> None:
@@ -283,19 +241,36 @@ class PromptTab:
             self.choose(kept.model_id)
 
     def _list(self, known: list[ConversationSummary]) -> None:
-        """Offer the conversations that are kept; the one that is shown is among them in any case."""
+        """Take the conversations that are kept."""
+        self._known = known
+        self._offer()
+
+    def _offer(self) -> None:
+        """Offer the conversations; the one that is shown is among them in any case."""
         shown = self.keeper.conversation_id
-        titles = [(one.title or conversation.UNTITLED, one.conversation_id) for one in known]
-        if shown not in [one.conversation_id for one in known]:
+        titles = [(one.title or conversation.UNTITLED, one.conversation_id) for one in self._known]
+        if shown not in [one.conversation_id for one in self._known]:
             titles.insert(0, (conversation.title_of(self.transcript.turns) or conversation.UNTITLED, shown))
-        if tuple(titles) != tuple(self.conversations.options):
-            self.conversations.options = titles
-        assign(self.conversations, value=shown)
+        # New options choose the first of them by themselves, which nobody has asked for.
+        self._listing = True
+        try:
+            assign(self.conversations, options=tuple(titles))
+            if not self._opening:
+                assign(self.conversations, value=shown)
+        finally:
+            self._listing = False
         show(self.conversations, visible=self.keeper.enabled)
         self._draw()
 
+    def _on_choice(self, change: dict[str, Any]) -> None:
+        if not self._listing:
+            self._desk.lane.call(lambda: self._choose(change["new"]))
+
     def _choose(self, conversation_id: str | None) -> None:
-        if not conversation_id or conversation_id == self.keeper.conversation_id or self._stream is not None:
+        if not conversation_id or conversation_id == self.keeper.conversation_id:
+            return
+        if self._asking.running or self._opening:
+            self._offer()
             return
         self.keeper.save()
         self._opening = True
@@ -304,18 +279,19 @@ class PromptTab:
         def opened(kept: Conversation) -> None:
             self._opening = False
             self._open(kept)
+            self._offer()
 
         def failed(error: LLMKitError) -> None:
             self._opening = False
-            self._tell_trouble(error)
+            self._say(markup.error_card(error))
+            self._offer()
             self.keeper.list_again()
-            self._draw()
 
         self._desk.lane.ask(lambda: self._desk.client.conversation(conversation_id), opened, failed)
 
     def _on_new(self) -> None:
         def begin() -> None:
-            if self._stream is None and not self._opening:
+            if not self._asking.running and not self._opening:
                 self.keeper.save()
                 self._start_anew()
                 self.keeper.list_again()
@@ -327,11 +303,11 @@ class PromptTab:
         self.transcript.clear()
         assign(self.prompt, value="")
         self.keeper.start()
-        self._list([])
+        self._offer()
 
     def _on_delete(self) -> None:
         def delete() -> None:
-            if self._stream is None and not self._opening:
+            if not self._asking.running and not self._opening:
                 self.keeper.delete(deleted)
 
         def deleted() -> None:
@@ -344,7 +320,7 @@ class PromptTab:
     def _on_undo(self) -> None:
         def undo() -> None:
             gone = self._deleted
-            if gone is None or self._stream is not None or self._opening:
+            if gone is None or self._asking.running or self._opening:
                 return
             self.keeper.save()
             self.keeper.start()

@@ -6,36 +6,32 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import anywidget
 import traitlets
 
+from llmkit.panel.widgets import STATIC, read_module
+
 KEPT_TURNS = 100
-STATIC = Path(__file__).parent / "static"
 MARKDOWN_IT = STATIC / "vendor" / "markdown-it-15.0.3.umd.min.js"
 
 State = Literal["streaming", "done", "stopped", "failed"]
 
 
-def read_module() -> str:
-    """Give the widget's JavaScript as one module, with markdown-it in it.
+def _markdown_it() -> str:
+    """Give markdown-it as a constant.
 
-    A front end has no files of ours, so nothing can be imported. markdown-it's build offers itself to `module`, to
-    AMD's `define` (which the classic notebook has), or to the page; here it finds a `module` of its own.
+    Its build offers itself to `module`, to AMD's `define` (which the classic notebook has), or to the page; here it
+    finds a `module` of its own.
     """
-    vendor, *ours = (
-        file.read_text(encoding="utf-8") for file in (MARKDOWN_IT, STATIC / "markdown.js", STATIC / "transcript.js")
-    )
-    wrapped = (
+    return (
         "const markdownit = (() => {\n"
         "const module = { exports: {} }, exports = module.exports, define = undefined;\n"
-        f"{vendor}\n"
+        f"{MARKDOWN_IT.read_text(encoding='utf-8')}\n"
         "return module.exports;\n"
         "})();\n"
     )
-    return "\n".join([wrapped, *ours])
 
 
 @dataclass
@@ -71,7 +67,7 @@ class Transcript(anywidget.AnyWidget):
     a lost connection; the answer names the page that asked, and others go on with what they have.
     """
 
-    _esm = read_module()  # once for a process
+    _esm = _markdown_it() + read_module("markdown.js", "transcript.js")
     placeholder = traitlets.Unicode("Answers appear here.").tag(sync=True)
     compact = traitlets.Bool(default_value=False).tag(sync=True)
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ipywidgets as w
 
 HIDDEN = "llmkit-hidden"
+STATIC = Path(__file__).parent / "static"
 W = TypeVar("W", bound=w.Widget)
+
+
+def read_module(*names: str) -> str:
+    """Give files of ``static`` as the one JavaScript module of a widget, what all have in common first.
+
+    A front end has no files of ours, so nothing can be imported.
+    """
+    return "\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("page.js", *names))
 
 
 class Kit:

@@ -134,7 +134,7 @@ def test_stop_ends_the_answer_here_and_at_the_engine(asking: Any, endless: MockU
     assert turn.note == "Stopped."
     wait_until(lambda: endless.open_streams == 0, "the end of the generation", 2)
     assert asking.stop.disabled
-    asking._on_stop()  # nothing runs: nothing happens
+    asking.stop.click()  # nothing runs: nothing happens
 
 
 def test_an_answer_that_fails_says_why_and_gives_the_prompt_back(asking: Any, upstream: MockUpstream) -> None:

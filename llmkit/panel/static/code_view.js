@@ -4,40 +4,11 @@
 const LANGUAGES = { python: "Python", curl: "curl" };
 const SAID_MS = 2000;
 
-const element = (tag, name, text) => {
-  const made = document.createElement(tag);
-  made.className = name;
-  if (text) made.textContent = text;
-  return made;
-};
-
 const button = (name, text, click) => {
   const made = element("button", name, text);
   made.type = "button";
   made.addEventListener("click", click);
   return made;
-};
-
-// Browsers give pages without https no clipboard, but they let them copy what is marked.
-const copyMarked = (text) => {
-  const field = element("textarea", "llmkit-source-unseen");
-  field.value = text;
-  const focused = document.activeElement;
-  document.body.append(field);
-  field.select();
-  const copied = document.execCommand("copy");
-  field.remove();
-  focused?.focus?.({ preventScroll: true });
-  return copied;
-};
-
-const copy = async (text) => {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return copyMarked(text);
-  }
 };
 
 // Called once for a widget; all its views share what is in here.
@@ -64,7 +35,7 @@ export default () => {
       cut: element("div", "llmkit-hint"),
     };
     nodes.copy = button("llmkit-source-button llmkit-source-copy", "Copy", async () => {
-      const copied = await copy(await whole(view.model, number));
+      const copied = await toClipboard(await whole(view.model, number));
       nodes.copy.textContent = copied ? "Copied" : "Copy";
       view.said.textContent = copied ? "Copied." : "The browser does not let this page copy. Mark the code and press Ctrl+C.";
       clearTimeout(nodes.timer);

@@ -4,25 +4,6 @@
 const NEAR_THE_END = 40; // pixels from the end that still count as reading along
 const COPIED_MS = 1500;
 
-const element = (tag, name, text) => {
-  const made = document.createElement(tag);
-  made.className = name;
-  if (text) made.textContent = text;
-  return made;
-};
-
-const copy = async (text) => {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  // A page from another machine without https has no clipboard of its own.
-  const area = element("textarea", "", "");
-  area.value = text;
-  document.body.append(area);
-  area.select();
-  const done = document.execCommand("copy");
-  area.remove();
-  if (!done) throw new Error("not copied");
-};
-
 // Called once for a widget; all its views share what is in here.
 export default () => {
   let lines = [];
@@ -86,7 +67,7 @@ export default () => {
         timer = setTimeout(() => (view.copy.textContent = "Copy"), COPIED_MS);
       };
       view.copy.addEventListener("click", () => {
-        copy(lines.join("\n")).then(() => say("Copied"), () => say("Not copied"));
+        toClipboard(lines.join("\n")).then((copied) => say(copied ? "Copied" : "Not copied"));
       });
       // Keys that scroll are for this box alone: the notebook would leave it.
       box.addEventListener("keydown", (event) => {

@@ -33,13 +33,6 @@ const makeCleaner = () => {
 
 // -- elements -----------------------------------------------------------------------------------------------------
 
-const element = (tag, name = "", text = "") => {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text) made.textContent = text;
-  return made;
-};
-
 const button = (name, text, label) => {
   const made = element("button", `llmkit-quiet-button ${name}`, text);
   made.type = "button";

@@ -13,22 +13,6 @@ const length = (text) => {
 };
 const ended = (turn) => turn.state !== "streaming";
 
-const toClipboard = async (text) => {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // Without https there is no clipboard; what is selected can be copied all the same.
-    const focused = document.activeElement;
-    const area = element("textarea", "llmkit-unseen");
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    focused?.focus?.({ preventScroll: true });
-  }
-};
-
 const copyFrom = async (pressed, text) => {
   await toClipboard(text);
   const label = pressed.dataset.label ?? pressed.getAttribute("aria-label");
