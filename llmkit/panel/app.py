@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from llmkit.panel.models_tab import ModelsTab
 from llmkit.panel.prompt_tab import PromptTab
 from llmkit.panel.run_card import RUN_CARD
 from llmkit.panel.widgets import STATIC, Kit, assign, beside_cells, close_all, show
-from llmkit.schemas import Conversation, ConversationSummary, Snapshot
+from llmkit.schemas import Conversation, ConversationList, Snapshot
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -46,18 +47,18 @@ class Found:
     snapshot: Snapshot
     types: list[ModelType]
     may: frozenset[str]
-    conversations: list[ConversationSummary]
+    conversations: ConversationList
     latest: Conversation | None
 
 
 def look(client: Client) -> Found:
     """Ask a server for all of it."""
     snapshot, types, may = client.snapshot(), client.model_types(), client.permissions()
-    try:
-        conversations = client.conversations().conversations
-        latest = client.conversation(conversations[0].conversation_id) if conversations else None
-    except LLMKitError:  # an older server; or it was deleted just now
-        conversations, latest = [], None
+    conversations, latest = ConversationList(conversations=[], kept=False), None
+    with contextlib.suppress(LLMKitError):  # an older server
+        conversations = client.conversations()
+        if conversations.conversations:  # it may be deleted just now
+            latest = client.conversation(conversations.conversations[0].conversation_id)
     return Found(client, snapshot, types, may, conversations, latest)
 
 
@@ -87,6 +88,7 @@ class Panel(w.VBox):
         self.prompt: PromptTab | None = None
         self.compare: CompareTab | None = None
         self._ticks = 0
+        self._finding = False
         self._tabs: w.Tab | None = None
         # 0 asks the browser to count the views: a panel that nobody sees follows nothing.
         super().__init__([self._style, self._header, self._no_server, self._body], _view_count=0)
@@ -120,9 +122,16 @@ class Panel(w.VBox):
         return self.compare.to_dataframe()
 
     def close(self) -> None:
-        """End the panel's threads and take it away."""
-        self._lane.call(self._leave)
+        """Keep what was written, end what runs, and take the panel away."""
+        self._lane.call(self._end)
         self._lane.close()
+
+    def _end(self) -> None:
+        if self.prompt and self.compare:
+            self.prompt.tick()
+            self.prompt.stop_answer()
+            self.compare.stop_answers()
+        self._leave()
         for child in self.children:
             close_all(child)
         super().close()
@@ -130,6 +139,9 @@ class Panel(w.VBox):
     # -- the server --------------------------------------------------------------------------------------------
 
     def _find(self) -> None:
+        if self._finding or self._client is not None:
+            return  # pressed twice
+        self._finding = True
         assign(self.try_again, disabled=True)
         given = self._given
 
@@ -145,20 +157,22 @@ class Panel(w.VBox):
         self._lane.ask(work, self._found, self._not_found)
 
     def _found(self, found: Found) -> None:
+        self._finding = False
         assign(self.try_again, disabled=False)
         show(self._no_server, visible=False)
         self._client = found.client
         self._build(found.client, found.may)
         assign(self._header, value=markup.header("connected", found.client.url))
+        self._show(found.snapshot)
+        self._watch()
         if self.models and self.configure and self.prompt:
             self.models.offer(found.types)
             self.configure.offer(found.types)
             self.prompt.restore(found.conversations, found.latest)
-        self._show(found.snapshot)
         self._looked.set()
-        self._watch()
 
     def _not_found(self, error: LLMKitError) -> None:
+        self._finding = False
         assign(self.try_again, disabled=False)
         assign(self._header, value=markup.header("lost", ""))
         assign(self._card, value=markup.no_server(error))
@@ -217,6 +231,9 @@ class Panel(w.VBox):
 
     def _unwatch(self) -> None:
         self._lane.ticking = False
+        if self.models and self.prompt:
+            self.models.pause()
+            self.prompt.tick()
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             self._lane.ask(watcher.close)

@@ -29,7 +29,7 @@ class Outcome:
 
 
 class Asking:
-    """Asks one model at a time; for the panel's thread, but for `stop`.
+    """Asks one model at a time; for the panel's thread.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Asking:
         self._transcript = transcript
         self._stream: AnswerStream | None = None
         self._stopping = False
-        self._ended = threading.Event()
+        self._ended = threading.Event()  # of the answer that is on its way
 
     @property
     def running(self) -> bool:
@@ -66,7 +66,7 @@ class Asking:
         model_id, prompt = body["model_id"], body["prompt"]
         stream = self._stream = self._desk.client.stream(model_id, prompt, **body["inference_kwargs"])
         self._stopping = False
-        self._ended.clear()
+        ended = self._ended = threading.Event()
         self._transcript.begin(model_id, prompt, images)
 
         def read() -> Answer | None:
@@ -75,7 +75,7 @@ class Asking:
                     self._transcript.append(piece.text, piece.reasoning)
                 return stream.answer
             finally:
-                self._ended.set()
+                ended.set()
 
         def done(answer: Answer | None) -> None:
             said = note(measured(answer)) if answer else ""
@@ -95,7 +95,7 @@ class Asking:
 
     def stop(self) -> None:
         """End the answer that is on its way; returns at once."""
-        stream = self._stream
+        stream, ended = self._stream, self._ended
         if stream is None:
             return
         self._stopping = True
@@ -104,7 +104,7 @@ class Asking:
             # A request that is only on its way cannot be cancelled yet.
             for _ in range(STOP_TRIES):
                 stream.cancel()
-                if self._ended.wait(STOP_PAUSE_SECONDS):
+                if ended.wait(STOP_PAUSE_SECONDS):
                     return
 
         self._desk.lane.ask(work)

@@ -128,10 +128,13 @@ def prompt(body: Mapping[str, Any]) -> Code:
 
 
 def compare(bodies: Sequence[Mapping[str, Any]]) -> Code:
-    """Ask several models, or one with several parameters, at once; each body is that of `prompt`."""
+    """Ask several models, or one with several parameters; each body is that of `prompt`.
+
+    Python asks them at once, curl one after the other: answers that come at once would run into each other.
+    """
     asked = [_parts(body) for body in bodies]
     requests = [{"model_id": model_id, "prompt": text, **options} for model_id, text, options in asked]
-    commands = [_curl("POST", "inference/", _asking(*one), behind=" &") for one in asked]
+    commands = [_curl("POST", "inference/", _asking(*one)) for one in asked]
     return Code(
         python="from concurrent.futures import ThreadPoolExecutor\n\n"
         + _IMPORT
@@ -143,7 +146,7 @@ def compare(bodies: Sequence[Mapping[str, Any]]) -> Code:
         + "    answers = list(pool.map(ask, requests))\n"
         + "for request, answer in zip(requests, answers):\n"
         + '    print(request["model_id"], answer, getattr(answer, "timings", ""), sep="\\n", end="\\n\\n")\n',
-        curl=_FIRST_LINE + "".join(commands) + "wait\n",
+        curl=_FIRST_LINE + "".join(commands),
     )
 
 
@@ -239,7 +242,7 @@ def _text(value: str) -> str:
 # -- curl --------------------------------------------------------------------------------------------------
 
 
-def _curl(method: str, path: str, body: Mapping[str, Any] | None = None, behind: str = "") -> str:
+def _curl(method: str, path: str, body: Mapping[str, Any] | None = None) -> str:
     """Give one command; the address may end in a slash or not."""
     streams = body is not None and bool((body.get("inference_kwargs") or {}).get("stream"))
     how = "-sSN" if streams else "-sS -w '\\n'"  # an answer does not end its line itself
@@ -250,10 +253,10 @@ def _curl(method: str, path: str, body: Mapping[str, Any] | None = None, behind:
     words.append('-H "Content-Type: application/json"')
     told = _json(body)
     if len(told.encode()) <= LONGEST_ARGUMENT:
-        words.append(f"-d {shlex.quote(told)}{behind}\n")
+        words.append(f"-d {shlex.quote(told)}\n")
     else:
         # No line of the JSON is the word that ends it: each begins with a bracket or a space.
-        words.append(f"--data-binary @- <<'END'{behind}\n{told}\nEND\n")
+        words.append(f"--data-binary @- <<'END'\n{told}\nEND\n")
     return " \\\n  ".join(words)
 
 

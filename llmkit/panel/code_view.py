@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import anywidget
@@ -66,10 +67,18 @@ class CodeView:
     ----------
     kit
         Makes the widgets.
+    opened
+        Called when it is opened, for who makes the code only then.
     """
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit, opened: Callable[[], Any] = lambda: None) -> None:
         self.widget = kit.make(CodeFold)
+        self.widget.observe(lambda change: opened() if change["new"] else None, "unfolded")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody can see the code."""
+        return bool(self.widget.unfolded)
 
     def show(self, *titled: tuple[str, Code]) -> None:
         """Show the code of these actions, each with its title, in place of what was there."""

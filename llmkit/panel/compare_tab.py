@@ -16,10 +16,10 @@ from llmkit.panel.asking import Asking, Outcome
 from llmkit.panel.code_view import CodeView
 from llmkit.panel.comparison import Row
 from llmkit.panel.desk import Desk
-from llmkit.panel.options import generation_options
+from llmkit.panel.options import generation_options, offer_models
 from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import assign, beside_cells, close_all, show
-from llmkit.schemas import Snapshot
+from llmkit.schemas import Model, Snapshot
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -71,17 +71,6 @@ class Column:
         """Whether an answer is on its way."""
         return self.asking.running
 
-    def offer(self, loaded: tuple[str, ...], known: tuple[str, ...], default: str | None) -> None:
-        """Offer the models that are loaded; one that was chosen stays, so that what is compared does not change."""
-        chosen = self.model.value
-        options = [(name, name) for name in loaded]
-        if chosen in known and chosen not in loaded:
-            options.append((f"{chosen} (not loaded)", chosen))
-        if tuple(options) != tuple(self.model.options):
-            names = [name for _, name in options]
-            self.model.options = options
-            self.model.value = next((one for one in (chosen, default) if one in names), next(iter(names), None))
-
     def body(self, prompt: str) -> dict[str, Any] | None:
         """Give what is sent, as the body of ``POST /llm/inference/``; None without a model."""
         if self.model.value is None:
@@ -114,7 +103,7 @@ class CompareTab:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._loaded: tuple[str, ...] = ()
-        self._known: tuple[str, ...] = ()
+        self._models: list[Model] = []
         self._run = 0
         self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
         self._latest: list[Row] = []
@@ -135,13 +124,13 @@ class CompareTab:
             "Run", lambda: desk.lane.call(self._begin), style="primary", tip="Ask all columns at once (Ctrl+Enter)"
         )
         self.run.add_class("llmkit-send")
-        self.stop = kit.button("Stop", lambda: desk.lane.call(self._stop), tip="End all answers")
+        self.stop = kit.button("Stop", lambda: desk.lane.call(self.stop_answers), tip="End all answers")
         self.add = kit.button("Add a column", lambda: desk.lane.call(self._add), tip="Compare one more")
         self.columns: list[Column] = []
         self._columns = kit.box(name="llmkit-columns")
         self.table = kit.html("", "llmkit-figures-place")
         about = kit.html(markup.hint(ABOUT))
-        self.code = CodeView(kit)
+        self.code = CodeView(kit, lambda: desk.lane.call(self._show_code))
         self.widget = kit.box(
             self._hint,
             self.prompt,
@@ -173,7 +162,7 @@ class CompareTab:
     def update(self, snapshot: Snapshot) -> None:
         """Offer the models that are loaded now."""
         self._loaded = tuple(model.model_id for model in snapshot.models if model.status == "loaded")
-        self._known = tuple(model.model_id for model in snapshot.models)
+        self._models = snapshot.models
         for number, column in enumerate(self.columns):
             self._offer(number, column)
         self._draw()
@@ -181,7 +170,7 @@ class CompareTab:
     def _offer(self, number: int, column: Column) -> None:
         # Each column begins with another model, as long as there are so many.
         default = self._loaded[number % len(self._loaded)] if self._loaded else None
-        column.offer(self._loaded, self._known, default)
+        offer_models(column.model, self._models, default)
 
     def _draw(self) -> None:
         answering = any(column.answering for column in self.columns)
@@ -198,6 +187,8 @@ class CompareTab:
         self._show_code()
 
     def _show_code(self) -> None:
+        if not self.code.is_open:
+            return
         bodies = [body for column in self.columns if (body := column.body(self.prompt.value)) is not None]
         self.code.show(*([("Compare", code.compare(bodies))] if bodies else []))
 
@@ -242,6 +233,7 @@ class CompareTab:
         self._rows.append(row)
         self._draw()
 
-    def _stop(self) -> None:
+    def stop_answers(self) -> None:
+        """End every answer that is on its way."""
         for column in self.columns:
             column.asking.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -74,15 +75,27 @@ class Lane:
         self._queue.put(None)
 
     def _run(self) -> None:
+        due = time.monotonic() + TICK_SECONDS
         while True:
             try:
-                work = self._queue.get(timeout=TICK_SECONDS if self.ticking else None)
+                work = self._queue.get(timeout=max(0.0, due - time.monotonic()) if self.ticking else None)
             except queue.Empty:
-                work = self._tick
+                work = _nothing
             if work is None:
                 return
-            try:
-                work()
-            except Exception:
-                # One mistake must not leave every later click without an answer.
-                log.exception("the panel could not be drawn")
+            self._do(work)
+            if time.monotonic() >= due:  # also where there is always work
+                due = time.monotonic() + TICK_SECONDS
+                if self.ticking:
+                    self._do(self._tick)
+
+    def _do(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception:
+            # One mistake must not leave every later click without an answer.
+            log.exception("the panel could not be drawn")
+
+
+def _nothing() -> None:
+    """Stand in for work where there is none."""

@@ -19,7 +19,7 @@ import traitlets
 
 from llmkit.client import Client
 from llmkit.client.client import LOG_SILENCE_SECONDS
-from llmkit.errors import ConnectError, LLMKitError
+from llmkit.errors import ConnectError, LLMKitError, TimedOut
 from llmkit.panel.lane import Lane
 from llmkit.panel.widgets import read_module
 
@@ -179,6 +179,12 @@ class LogDrawer(anywidget.AnyWidget):
         if self._lost:
             self.follow()
 
+    def pause(self) -> None:
+        """Follow no more until `resume`; what is shown stays."""
+        if self._reader is not None:
+            self.stop()
+            self._lost = True
+
     def stop(self) -> None:
         """Follow no more; what is shown stays."""
         reader, self._reader = self._reader, None
@@ -199,7 +205,7 @@ class LogDrawer(anywidget.AnyWidget):
 
     def _end(self, error: LLMKitError | None) -> None:
         self._reader = None
-        self._lost = error is None or isinstance(error, ConnectError)
+        self._lost = error is None or isinstance(error, ConnectError | TimedOut)
         with self._lock:
             self._note = str(error) if error else "The server has ended the log."
             self.send({"type": "note", "note": self._note})

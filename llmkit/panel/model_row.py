@@ -310,6 +310,11 @@ class ModelRow:
         self.widget.children = tuple(child for child in self.widget.children if child is not widget)
         widget.close()
 
+    def pause(self) -> None:
+        """Follow the log no more until something is shown again."""
+        if self._drawer is not None:
+            self._drawer.pause()
+
     def close(self) -> None:
         """Take the widgets away."""
         self._drawer = self._code = None  # they go with them

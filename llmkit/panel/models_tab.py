@@ -92,6 +92,11 @@ class ModelsTab:
         """Whether a load is under way, so that its seconds have to be counted."""
         return any(each.model.status == "loading" for each in self.rows.values())
 
+    def pause(self) -> None:
+        """Follow no log until something is shown again: nobody sees the panel."""
+        for each in self.rows.values():
+            each.pause()
+
     def tick(self) -> None:
         """Show how long each load has taken by now, and how long each model stays."""
         for each in self.rows.values():

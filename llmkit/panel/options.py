@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import ipywidgets as w
+import traitlets
 
 from llmkit.panel.desk import Desk
 from llmkit.panel.widgets import Kit, assign
+from llmkit.schemas import Model
 
 
 class Option:
@@ -42,12 +45,38 @@ class Option:
         return {self.name: self.control.value} if self.switch.value else {}
 
     def set(self, given: dict[str, Any]) -> None:
-        """Take the value out of parameters that were kept; one that is not among them is off."""
+        """Take the value out of parameters that were kept; one that is not among them, or makes no sense, is off."""
         wanted = self.name in given
         if wanted:
-            assign(self.control, value=given[self.name])
+            try:
+                assign(self.control, value=given[self.name])
+            except traitlets.TraitError:  # another client kept it
+                wanted = False
         assign(self.switch, value=wanted)
         assign(self.control, disabled=not wanted)
+
+
+def offer_models(field: w.Dropdown, models: Iterable[Model], default: str | None = None) -> None:
+    """Offer the models that are loaded. One that was chosen stays, so that nobody asks another one unawares.
+
+    Parameters
+    ----------
+    field
+        Where a person chooses.
+    models
+        All there are.
+    default
+        What is chosen if nothing was; by default the first.
+    """
+    status = {model.model_id: model.status for model in models}
+    loaded, chosen = [name for name in status if status[name] == "loaded"], field.value
+    options = [(name, name) for name in loaded]
+    if chosen in status and chosen not in loaded:
+        options.append((f"{chosen} (not loaded)", chosen))
+    if tuple(options) != tuple(field.options):
+        names = [name for _, name in options]
+        field.options = options
+        field.value = next((one for one in (chosen, default) if one in names), next(iter(names), None))
 
 
 def generation_options(desk: Desk) -> dict[str, Option]:

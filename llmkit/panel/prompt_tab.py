@@ -12,14 +12,13 @@ from llmkit.errors import LLMKitError
 from llmkit.panel import code, conversation, markup
 from llmkit.panel.asking import Asking, Outcome
 from llmkit.panel.code_view import CodeView
-from llmkit.panel.conversation import Keeper
+from llmkit.panel.conversation import FIRST_QUESTION, Keeper
 from llmkit.panel.desk import Desk
-from llmkit.panel.options import generation_options
+from llmkit.panel.options import generation_options, offer_models
 from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import assign, beside_cells, show
-from llmkit.schemas import Conversation, ConversationRequest, ConversationSummary, Model, Snapshot
+from llmkit.schemas import Conversation, ConversationList, ConversationRequest, ConversationSummary, Model, Snapshot
 
-FIRST_QUESTION = "What is the capital of France?"
 IMAGE_TYPES = "image/png,image/jpeg,image/webp,image/gif"
 MAX_IMAGE_BYTES = 4 << 20
 
@@ -29,9 +28,9 @@ class PromptTab:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._wanted: str | None = None
         self._loaded: dict[str, Model] = {}
-        self._opening = False
+        self._busy = False
+        """While another conversation comes or this one goes."""
         self._listing = False
         self._known: list[ConversationSummary] = []
 
@@ -55,19 +54,17 @@ class PromptTab:
         self.options = generation_options(desk)
         self.remember = kit.make(w.Checkbox, description="Remember what was said", value=True, indent=False)
         self.remember.tooltip = "Send the earlier prompts and answers along"
-        self.images = kit.make(
-            w.FileUpload, description="Add images", accept="image/png,image/jpeg,image/webp,image/gif"
-        )
+        self.images = kit.make(w.FileUpload, description="Add images", accept=IMAGE_TYPES)
         self.images.multiple = True
         self.send = kit.button("Send", self._on_send, style="primary", tip="Send the prompt (Ctrl+Enter)")
         self.send.add_class("llmkit-send")
-        self.stop = kit.button("Stop", self._asking.stop, tip="End the answer")
+        self.stop = kit.button("Stop", lambda: desk.lane.call(self._asking.stop), tip="End the answer")
         self.export = kit.button("Save as Markdown", self._on_export, tip="Write the conversation into a file")
         self.undo = kit.button("Undo", self._on_undo, tip="Bring the deleted conversation back")
         self._deleted: ConversationRequest | None = None
         self._note = kit.html()
         self._trouble = kit.html()
-        self.code = CodeView(kit)
+        self.code = CodeView(kit, lambda: desk.lane.call(self._show_code))
         remember = kit.row(self.remember, name="llmkit-option")
         self.widget = kit.box(
             kit.row(
@@ -112,37 +109,33 @@ class PromptTab:
     def update(self, snapshot: Snapshot) -> None:
         """Offer the models that are loaded now; the choice stays where it can."""
         self._loaded = {model.model_id: model for model in snapshot.models if model.status == "loaded"}
-        loaded = tuple(self._loaded)
-        chosen = self.model.value
-        if loaded != self.model.options:
-            self.model.options = loaded
-            self.model.value = chosen if chosen in loaded else next(iter(loaded), None)
-        if self._wanted in loaded:
-            self.model.value, self._wanted = self._wanted, None
+        offer_models(self.model, snapshot.models)
         self._draw()
 
     def choose(self, model_id: str) -> None:
-        """Choose a model, now or as soon as it is loaded."""
-        if model_id in self.model.options:
-            self.model.value = model_id
-        else:
-            self._wanted = model_id
+        """Choose a model; it may be loaded later."""
+        if model_id not in self._loaded:
+            self.model.options = [*((name, name) for name in self._loaded), (f"{model_id} (not loaded)", model_id)]
+        self.model.value = model_id
 
     def _draw(self) -> None:
         answering = self._asking.running
-        show(self._no_model, visible=not self.model.options)
-        assign(self.send, disabled=answering or not self.model.options or "execute" not in self._desk.may)
+        model = self._loaded.get(self.model.value or "")
+        if model is None:
+            chosen = f"{self.model.value} is not loaded" if self.model.value else "No model is loaded"
+            assign(self._no_model, value=markup.hint(f"{chosen}. Load it under Models."))
+        show(self._no_model, visible=model is None)
+        assign(self.send, disabled=answering or self._busy or model is None or "execute" not in self._desk.may)
         assign(self.stop, disabled=not answering)
         for each in (self.new, self.delete, self.conversations):
-            assign(each, disabled=answering or self._opening)
+            assign(each, disabled=answering or self._busy)
         assign(self.export, disabled=not self.transcript.turns)
-        model = self._loaded.get(self.model.value or "")
-        show(self.images, visible=bool(model and model.capabilities.vision))
+        show(self.images, visible=model is not None and _may_see(model))
         self._show_code()
 
     def _show_code(self) -> None:
         model_id = self.model.value
-        if model_id is not None:
+        if model_id is not None and self.code.is_open:
             self.code.show(("Ask", code.prompt(self._body(model_id, self.prompt.value))))
 
     # -- asking ------------------------------------------------------------------------------------------------
@@ -156,8 +149,10 @@ class PromptTab:
         if system := self.system.value.strip():
             options["system"] = system
         if model is None or model.capabilities.api != "completions":  # else there is no place for messages
-            said = conversation.messages_of(self.transcript.turns) if self.remember.value else []
-            if messages := [*said, *conversation.image_messages(self._attached())]:
+            sees = model is not None and _may_see(model)
+            turns = self.transcript.turns if self.remember.value else []
+            said = conversation.messages_of(turns, images=sees)
+            if messages := [*said, *conversation.image_messages(self._attached() if sees else [])]:
                 options["messages"] = messages
         return {"model_id": model_id, "prompt": prompt, "inference_kwargs": options}
 
@@ -173,7 +168,7 @@ class PromptTab:
 
     def _begin(self) -> None:
         model_id, prompt = self.model.value, self.prompt.value
-        if self._asking.running or self._opening or model_id is None or not prompt.strip():
+        if self._asking.running or self._busy or model_id is None or not prompt.strip():
             return
         self._say()
         too_large = [one["name"] for one in self.images.value if len(one["content"]) > MAX_IMAGE_BYTES]
@@ -183,29 +178,36 @@ class PromptTab:
             return
         body = self._body(model_id, prompt)
         images = self._attached()
-        self._asking.begin(body, self._ended, images)
+        pictures = self.images.value
+        self._asking.begin(body, lambda outcome: self._ended(outcome, prompt, pictures), images)
         assign(self.prompt, value="")
         self.images.value = ()
         self._draw()
 
-    def _ended(self, outcome: Outcome) -> None:
-        if outcome.error is not None and not self.prompt.value:
-            self.prompt.value = self.transcript.turns[-1].prompt  # to try it again
+    def _ended(self, outcome: Outcome, prompt: str, pictures: tuple[Any, ...]) -> None:
+        if outcome.error is not None and not self.prompt.value:  # to try it again
+            self.prompt.value = prompt
+            self.images.value = pictures
         self._draw()
         self.keeper.save()
 
     # -- conversations -----------------------------------------------------------------------------------------
 
-    def restore(self, known: list[ConversationSummary], latest: Conversation | None) -> None:
+    def restore(self, known: ConversationList, latest: Conversation | None) -> None:
         """Go on with the conversation that was changed last, after the kernel or the page began anew."""
+        self.keeper.enabled = known.kept and "execute" in self._desk.may
         if latest is not None:
             self._open(latest)
-        self._list(known)
+        self._list(known.conversations)
 
     def tick(self) -> None:
         """Keep what was changed since the last time."""
-        if not self._asking.running and not self._opening:
+        if not self._asking.running and not self._busy:
             self.keeper.save()
+
+    def stop_answer(self) -> None:
+        """End the answer that is on its way."""
+        self._asking.stop()
 
     def _changed(self) -> None:
         self._draw()
@@ -226,8 +228,10 @@ class PromptTab:
         )
 
     def _open(self, kept: Conversation) -> None:
-        self._fill(kept)
-        self.keeper.start(kept.conversation_id, kept.revision)
+        try:
+            self._fill(kept)
+        finally:  # or what is shown would be kept in another's place
+            self.keeper.start(kept.conversation_id, kept.revision)
         self._draw()
 
     def _fill(self, kept: ConversationRequest) -> None:
@@ -255,7 +259,7 @@ class PromptTab:
         self._listing = True
         try:
             assign(self.conversations, options=tuple(titles))
-            if not self._opening:
+            if not self._busy:
                 assign(self.conversations, value=shown)
         finally:
             self._listing = False
@@ -269,29 +273,32 @@ class PromptTab:
     def _choose(self, conversation_id: str | None) -> None:
         if not conversation_id or conversation_id == self.keeper.conversation_id:
             return
-        if self._asking.running or self._opening:
+        if self._asking.running or self._busy:
             self._offer()
             return
         self.keeper.save()
-        self._opening = True
+        self._busy = True
         self._draw()
 
         def opened(kept: Conversation) -> None:
-            self._opening = False
+            self._busy = False
             self._open(kept)
             self._offer()
 
         def failed(error: LLMKitError) -> None:
-            self._opening = False
+            self._busy = False
             self._say(markup.error_card(error))
             self._offer()
             self.keeper.list_again()
 
-        self._desk.lane.ask(lambda: self._desk.client.conversation(conversation_id), opened, failed)
+        def ask() -> None:
+            self._desk.lane.ask(lambda: self._desk.client.conversation(conversation_id), opened, failed)
+
+        self.keeper.after_saves(ask)  # else it may come as it was before
 
     def _on_new(self) -> None:
         def begin() -> None:
-            if not self._asking.running and not self._opening:
+            if not self._asking.running and not self._busy:
                 self.keeper.save()
                 self._start_anew()
                 self.keeper.list_again()
@@ -307,20 +314,29 @@ class PromptTab:
 
     def _on_delete(self) -> None:
         def delete() -> None:
-            if not self._asking.running and not self._opening:
-                self.keeper.delete(deleted)
-
-        def deleted() -> None:
+            if self._asking.running or self._busy:
+                return
+            self._busy = True
+            self._draw()
             gone = self._gather()
-            self._start_anew()
-            self._say(markup.note("The conversation is deleted."), undo=gone)
+
+            def deleted(error: LLMKitError | None) -> None:
+                self._busy = False
+                if error is not None:
+                    self._say(markup.error_card(error))
+                else:
+                    self._start_anew()
+                    self._say(markup.note("The conversation is deleted."), undo=gone)
+                self._draw()
+
+            self.keeper.delete(deleted)
 
         self._desk.lane.call(delete)
 
     def _on_undo(self) -> None:
         def undo() -> None:
             gone = self._deleted
-            if gone is None or self._asking.running or self._opening:
+            if gone is None or self._asking.running or self._busy:
                 return
             self.keeper.save()
             self.keeper.start()
@@ -350,6 +366,11 @@ class PromptTab:
                 told = f"The file cannot be written: {error.strerror}: {error.filename}."
                 self._say(markup.field_error(told))
             else:
-                self._say(markup.note(f"Saved as {path.name}, in the folder of the notebook."))
+                self._say(markup.note(f"Saved as {path}."))
 
         self._desk.lane.call(export)
+
+
+def _may_see(model: Model) -> bool:
+    """Say whether a model may take images; of many endpoints nobody knows."""
+    return model.capabilities.vision is not False and model.capabilities.api != "completions"

@@ -261,6 +261,7 @@ def test_the_code_is_that_of_the_columns(tab: CompareTab, lane: Lane) -> None:
     assert lane.settle(5)
     assert sent == []
     tab.code.widget.unfolded = True
+    assert lane.settle(5)
     python = sent[-1]["items"][0]["python"]
     assert '{"model_id": "first", "prompt": "It\'s this?"}' in python
     tab.columns[1].options["max_tokens"].switch.value = True

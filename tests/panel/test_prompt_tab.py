@@ -14,14 +14,15 @@ from mock_upstream import ANSWER, MockUpstream
 from support import wait_until
 
 from llmkit.client import Client
-from llmkit.errors import DiskFull
+from llmkit.errors import DiskFull, TimedOut
 from llmkit.panel import Panel
 from llmkit.panel.comparison import measured, note
+from llmkit.panel.conversation import FIRST_QUESTION
 from llmkit.panel.desk import Desk
 from llmkit.panel.lane import Lane
-from llmkit.panel.prompt_tab import FIRST_QUESTION, PromptTab
+from llmkit.panel.prompt_tab import PromptTab
 from llmkit.panel.widgets import Kit
-from llmkit.schemas import Cost, Snapshot
+from llmkit.schemas import ConversationRequest, Cost, Snapshot
 
 EVERYTHING = frozenset({"read", "execute", "write"})
 
@@ -36,7 +37,7 @@ def asking(panel: Panel, configure: Callable[[str], None], client: Client) -> An
     configure("ask")
     client.load("ask", progress=False)
     assert panel.prompt is not None
-    wait_until(lambda: "ask" in panel.prompt.model.options, "the model", 5)  # type: ignore[union-attr]
+    wait_until(lambda: "ask" in panel.prompt._loaded, "the model", 5)  # type: ignore[union-attr]
     assert panel._lane.settle(5)
     panel.prompt.choose("ask")
     return panel.prompt
@@ -91,7 +92,7 @@ def test_the_first_model_that_is_loaded_is_chosen_without_a_click(client: Client
         for name, status in (("a", "unloaded"), ("b", "loaded"), ("c", "loaded"))
     ]
     prompt.update(Snapshot.model_validate({"epoch": "e", "revision": 1, "models": models}))
-    assert (prompt.model.options, prompt.model.value, prompt.send.disabled) == (("b", "c"), "b", False)
+    assert (prompt.model.options, prompt.model.value, prompt.send.disabled) == ((("b", "b"), ("c", "c")), "b", False)
     prompt.update(Snapshot(epoch="e", revision=2, models=[]))
     assert (prompt.model.value, prompt.send.disabled) == (None, True)
 
@@ -154,20 +155,41 @@ def test_a_choice_stays_when_other_models_come_and_go(
 ) -> None:
     configure("another")
     client.load("another", progress=False)
-    wait_until(lambda: "another" in asking.model.options, "the other model", 5)
+    wait_until(lambda: "another" in asking._loaded, "the other model", 5)
     assert asking.model.value == "ask"
     client.unload("another")
-    wait_until(lambda: "another" not in asking.model.options, "its end", 5)
+    wait_until(lambda: "another" not in asking._loaded, "its end", 5)
     assert asking.model.value == "ask"
 
 
 def test_a_model_can_be_chosen_before_it_is_loaded(
-    asking: Any, configure: Callable[[str], None], client: Client
+    panel: Panel, asking: Any, configure: Callable[[str], None], client: Client
 ) -> None:
-    asking.choose("later")
     configure("later")
+    wait_until(lambda: any(row.model.model_id == "later" for row in panel.models.rows.values()), "its row", 5)  # type: ignore[union-attr]
+    panel._lane.call(lambda: asking.choose("later"))
+    assert panel._lane.settle(5)
+    assert asking.send.disabled
     client.load("later", progress=False)
-    wait_until(lambda: asking.model.value == "later", "the choice", 5)
+    wait_until(lambda: not asking.send.disabled, "its load", 5)
+    assert asking.model.value == "later"
+
+
+def test_a_model_that_goes_away_for_a_while_is_not_replaced_by_another(
+    panel: Panel, asking: Any, configure: Callable[[str], None], client: Client
+) -> None:
+    configure("another")
+    client.load("another", progress=False)
+    wait_until(lambda: "another" in asking._loaded, "the other model", 5)
+    client.unload("ask")
+    wait_until(lambda: asking.send.disabled, "the loss", 5)
+    assert panel._lane.settle(5)
+    assert asking.model.value == "ask"
+    assert ("ask (not loaded)", "ask") in asking.model.options
+    assert "ask is not loaded" in asking._no_model.value
+    client.load("ask", progress=False)
+    wait_until(lambda: not asking.send.disabled, "its return", 5)
+    assert asking.model.value == "ask"
 
 
 def test_the_figures_of_an_answer_leave_out_what_is_not_known() -> None:
@@ -317,10 +339,7 @@ def _no_space(path: Path, *_: Any, **__: Any) -> Any:
 
 
 def test_images_go_before_the_prompt_where_the_model_sees(asking: Any, upstream: MockUpstream) -> None:
-    assert hidden(asking.images)
-    asking._desk.lane.call(lambda: _see(asking))
-    assert asking._desk.lane.settle(5)
-    assert not hidden(asking.images)
+    assert not hidden(asking.images)  # nobody knows what the endpoint can do
     about = {"name": "a.png", "type": "image/png", "size": 3, "last_modified": datetime.now(UTC)}
     asking.images.value = [{**about, "content": memoryview(b"abc")}]
     ask(asking, "What is it?")
@@ -331,12 +350,96 @@ def test_images_go_before_the_prompt_where_the_model_sees(asking: Any, upstream:
     assert asking.transcript.turns[-1].images == ["data:image/png;base64,YWJj"]
 
 
-def _see(asking: Any) -> None:
+def test_a_model_that_does_not_see_gets_no_images(asking: Any, upstream: MockUpstream) -> None:
+    about = {"name": "a.png", "type": "image/png", "size": 3, "last_modified": datetime.now(UTC)}
+    asking.images.value = [{**about, "content": memoryview(b"abc")}]
+    ask(asking, "What is it?")
+    asking._desk.lane.call(lambda: _be_blind(asking))
+    assert asking._desk.lane.settle(5)
+    assert hidden(asking.images)
+    ask(asking, "And now?")
+    assert "image_url" not in str(upstream.requests[-1][2])
+
+
+def _be_blind(asking: Any) -> None:
     model = asking._loaded["ask"]
-    asking._loaded["ask"] = model.model_copy(
-        update={"capabilities": model.capabilities.model_copy(update={"vision": True})}
-    )
+    blind = model.capabilities.model_copy(update={"vision": False})
+    asking._loaded["ask"] = model.model_copy(update={"capabilities": blind})
     asking._draw()
+
+
+def test_a_save_that_finds_no_server_is_tried_again_for_the_conversation_it_was_for(
+    panel: Panel, asking: Any, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> int:
+        raise TimedOut("The server did not answer.")
+
+    monkeypatch.setattr(client, "save_conversation", lose)
+    ask(asking, "One")
+    first = asking.keeper.conversation_id
+    wait_until(lambda: "did not answer" in asking._trouble.value, "the words", 5)
+    asking.new.click()
+    assert panel._lane.settle(5)
+    assert asking.keeper.conversation_id != first
+    monkeypatch.undo()
+    wait_until(lambda: [c.conversation_id for c in client.conversations().conversations] == [first], "it", 5)
+    assert [turn.prompt for turn in client.conversation(first).turns] == ["One"]
+
+
+def test_a_save_whose_answer_was_lost_makes_no_second_conversation(
+    panel: Panel, asking: Any, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = client.save_conversation
+
+    def lose(*given: Any) -> int:
+        save(*given)
+        raise TimedOut("The server did not answer.")
+
+    monkeypatch.setattr(client, "save_conversation", lose)
+    ask(asking, "One")
+    wait_until(lambda: "did not answer" in asking._trouble.value, "the words", 5)
+    monkeypatch.undo()
+    ask(asking, "Two")
+    name = asking.keeper.conversation_id
+    wait_until(lambda: len(client.conversation(name).turns) == 2, "both", 5)
+    assert [c.conversation_id for c in client.conversations().conversations] == [name]
+
+
+def test_nothing_is_saved_when_only_the_model_comes_and_goes(panel: Panel, asking: Any, client: Client) -> None:
+    ask(asking, "One")
+    name = asking.keeper.conversation_id
+    wait_until(lambda: client.conversations().conversations, "the copy", 5)
+    revision = client.conversation(name).revision
+    client.unload("ask")
+    wait_until(lambda: asking.send.disabled, "the loss", 5)
+    asking.tick()
+    second = Panel(client)
+    try:
+        wait_until(lambda: second.prompt is not None and second.prompt.transcript.turns, "the turns", 5)
+        assert second._lane.settle(5)
+        assert panel._lane.settle(5)
+        assert [(c.conversation_id, c.revision) for c in client.conversations().conversations] == [(name, revision)]
+    finally:
+        second.close()
+
+
+def test_a_parameter_that_makes_no_sense_is_off(panel: Panel, client: Client) -> None:
+    client.save_conversation(
+        "odd", ConversationRequest(draft="Hello", parameters={"temperature": None, "top_p": "much", "seed": 7})
+    )
+    made = Panel(client)
+    try:
+        wait_until(lambda: made.prompt is not None and made.prompt.prompt.value == "Hello", "the draft", 5)
+        assert made.prompt is not None
+        assert {name: option.given for name, option in made.prompt.options.items()} == {
+            "temperature": {},
+            "top_p": {},
+            "max_tokens": {},
+            "seed": {"seed": 7},
+        }
+        assert made._watcher is not None
+    finally:
+        made.close()
 
 
 def test_who_may_not_prompt_cannot_send(client: Client, lane: Lane) -> None:

@@ -21,7 +21,7 @@ from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, LogFollower, last_lines
 from llmkit.engines.vllm.arguments import VLLMArguments, to_flags
 from llmkit.engines.vllm.environment import engine_environ
-from llmkit.engines.vllm.estimate import architectures_of, estimate, find_model
+from llmkit.engines.vllm.estimate import architectures_of, estimate, find_model, takes_images
 from llmkit.engines.vllm.failures import READ_LINES, explain
 from llmkit.engines.vllm.install import has_nvidia_gpu, installed
 from llmkit.engines.vllm.launcher import Launcher, StandbyFailed
@@ -384,8 +384,16 @@ class VLLMEngine:
         return Capabilities(
             api=await self._ask_api(http),
             tools=bool(self._arguments.enable_auto_tool_choice),
+            vision=await asyncio.to_thread(self._takes_images),
             max_model_len=length if isinstance(length, int) else None,
         )
+
+    def _takes_images(self) -> bool | None:
+        if self._model_name == DEMO_MODEL_NAME:
+            path: Path | None = demo_model_path()
+        else:
+            path = find_model(self._model_name, self._arguments.revision, self._environ)
+        return takes_images(path) if path is not None else None
 
     async def _ask_api(self, http: EngineHTTP) -> API:
         """Give the configured API, else chat if the engine can apply a chat template."""

@@ -98,6 +98,12 @@ def _config(model_path: Path) -> dict[str, Any]:
     return {**config, **text} if isinstance(text, dict) else config
 
 
+def takes_images(model_path: Path) -> bool | None:
+    """Say whether a model was trained on images, too; None if its configuration cannot be read."""
+    config = _config(model_path)
+    return "vision_config" in config if config else None
+
+
 def _weights(model_path: Path, config: Mapping[str, Any], arguments: VLLMArguments) -> int | None:
     for pattern in ("*.safetensors", "*.bin", "*.pt"):
         try:

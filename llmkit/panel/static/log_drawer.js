@@ -56,6 +56,7 @@ export default () => {
       };
       box.tabIndex = 0;
       box.setAttribute("role", "log");
+      box.setAttribute("aria-live", "off"); // else every line would be read aloud
       box.setAttribute("aria-label", model.get("label"));
       view.note.setAttribute("role", "status");
       view.copy.type = "button";
