@@ -27,6 +27,7 @@ class ConfigureTab:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._editing: Configuration | None = None
+        self._sent: dict[str, Any] = {}
         self._saving = False
         self._needs_reload = False
         self._opened = 0
@@ -244,6 +245,7 @@ class ConfigureTab:
                 assign(self._result, value=markup.field_error("Some fields are missing."))
                 return
             self._allow(saving=True)
+            self._sent = self.form.body()
             self._checker.drop()
             place = self.form.key
             if place is None or not isinstance(place[1].control, KeyField):
@@ -277,8 +279,12 @@ class ConfigureTab:
 
     def _saved(self, made: Configuration, *, shown: bool) -> None:
         self._allow(saving=False)
-        self._empty()
-        assign(self._result, value=markup.note(f"{made.model_id} is saved."))
+        said = f"{made.model_id} is saved."
+        if self.form.body() == self._sent:
+            self._empty()
+        else:
+            said += " What you have changed since is not, and still here."
+        assign(self._result, value=markup.note(said))
         if shown:
             self._desk.open_models()
 

@@ -126,9 +126,15 @@ class ModelsTab:
             self._take(snapshot)
             if devices is not None:
                 assign(self._devices, value=device_bar(devices))
+            else:
+                again_soon()
 
         def failed(_: LLMKitError) -> None:
             self._polling = False  # that the server does not answer, the panel's header says
+            again_soon()
+
+        def again_soon() -> None:
+            self._poll_at = min(self._poll_at, time.monotonic() + LIVE_SECONDS)
 
         self._desk.lane.ask(work, done, failed)
 

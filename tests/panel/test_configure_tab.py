@@ -199,6 +199,24 @@ def test_what_was_saved_is_still_said_when_the_empty_form_has_been_looked_at(
     assert person.complaint("model_id") == ""
 
 
+def test_what_is_typed_while_it_is_saved_stays(
+    person: Person, upstream: MockUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure = person.client.configure
+
+    def slowly(**body: Any) -> Configuration:
+        person.fill(temperature="0.5")
+        return configure(**body)
+
+    person.press_fold("Generation defaults")
+    person.fill(model_id="formed", model_name="gpt-3", base_url=upstream.base_url)
+    monkeypatch.setattr(person.client, "configure", slowly)
+    person.save()
+    assert "temperature" not in person.client.configuration(person.client.model("formed").config_id).model_kwargs
+    assert person.field("temperature").control.value == "0.5"
+    assert "still here" in person.tab._result.value
+
+
 def test_save_and_load_does_both_and_shows_the_models(person: Person, upstream: MockUpstream) -> None:
     person.fill(model_id="formed", model_name="gpt-3", base_url=upstream.base_url)
     person.save(person.tab.save_and_load)

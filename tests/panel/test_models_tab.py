@@ -229,7 +229,11 @@ def test_one_question_at_a_time_and_rarely_while_nothing_is_loaded(
         assert go.wait(10)
         raise NotReady("Not now.")
 
-    wait_until(lambda: "used" in stage.tab._devices.value, "the machine")
+    def seen() -> bool:
+        stage.lane.call(stage.tab.refresh)  # as the panel's clock does
+        return "used" in stage.tab._devices.value
+
+    wait_until(seen, "the machine")
     stage.settle()
     stage.tab._poll_at = 0.0
     monkeypatch.setattr(client, "devices", slow)
@@ -301,9 +305,7 @@ def test_who_may_not_change_models_gets_no_button_that_would(
 ) -> None:
     stage = Stage(client, lane, frozenset(may))
     try:
-        wait_until(lambda: stage.watcher.snapshot is not None, "the state")
-        stage.settle()
-        assert shown(stage.tab._welcome)
+        wait_until(lambda: shown(stage.tab._welcome), "the state")
         assert not shown(stage.tab._begin)
         configure("ask")
         client.load("ask", progress=False)
