@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import re
 import ssl
@@ -111,7 +112,7 @@ class Connection:
             headers={**server.headers, "Accept": "application/json"},
             follow_redirects=False,
             timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
-            **_transport(server, httpx.HTTPTransport),
+            **_reach(server, httpx),
         )
 
     def close(self) -> None:
@@ -129,9 +130,11 @@ class Connection:
             import openai  # slow to import
 
             made = openai.DefaultAsyncHttpxClient if is_async else openai.DefaultHttpxClient
-            transport = httpx.AsyncHTTPTransport if is_async else httpx.HTTPTransport
+            # The package may bring another httpx than ours: newer ones build upon httpx2.
+            base = next(one for one in made.__mro__ if one.__name__ in ("Client", "AsyncClient"))
+            library = importlib.import_module(base.__module__.partition(".")[0])
             # Nothing under /llm redirects, and the token is for this server alone.
-            more: dict[str, Any] = {**_transport(self.server, transport), "follow_redirects": False}
+            more = {**_reach(self.server, library, is_async=is_async), "follow_redirects": False}
             arguments["http_client"] = made(**more)
         return arguments
 
@@ -247,16 +250,19 @@ class Connection:
         )
 
 
-def _transport(server: Server, transport: type[httpx.HTTPTransport | httpx.AsyncHTTPTransport]) -> dict[str, Any]:
-    """Give the arguments that have a client of httpx reach a server."""
+def _reach(server: Server, library: Any, *, is_async: bool = False) -> dict[str, Any]:
+    """Give the arguments that have a client of httpx, or of a library that is like it, reach a server."""
     # Reading the system's certificates takes longer than a whole request; plain http needs none.
     verify: bool | ssl.SSLContext = False
     if server.url.startswith("https:"):
         verify = _trust_only(server.verify) if isinstance(server.verify, str) else server.verify
     # As many as there are threads: one that waits for a free connection would wait for somebody's answer.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
-    arguments: dict[str, Any] = {"verify": verify, "trust_env": not server.is_local, "limits": limits}
-    return {**arguments, "transport": transport(uds=server.uds, **arguments)} if server.uds else arguments
+    limits = library.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
+    arguments = {"verify": verify, "trust_env": not server.is_local, "limits": limits}
+    if server.uds:
+        transport = library.AsyncHTTPTransport if is_async else library.HTTPTransport
+        arguments["transport"] = transport(uds=server.uds, **arguments)
+    return arguments
 
 
 def _trust_only(path: str) -> ssl.SSLContext:
