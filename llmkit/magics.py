@@ -218,6 +218,12 @@ class Magics:
         said = f"Loaded are {', '.join(loaded)}." if loaded else "None is loaded: %llm load NAME does that."
         raise UsageError(f"Which model? Write %%llm NAME, or %llm use NAME once. {said}")
 
+    def close(self) -> None:
+        """Close the connections to the server."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
     # -- the server ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -228,8 +234,7 @@ class Magics:
             yield self._client
         except ConnectError:
             # It may be back on another port: the next magic looks for it.
-            client, self._client = self._client, None
-            client.close()
+            self.close()
             raise
 
     def complete(self, _: Any, event: Any) -> list[str]:
@@ -275,7 +280,7 @@ class _NoVariable(Exception):
 class _Template(string.Formatter):
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not isinstance(key, str) or key not in kwargs:
-            raise _NoVariable(key if key != "" else "{}")
+            raise _NoVariable(key if isinstance(key, str) else "{}")
         return kwargs[key]
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
