@@ -11,9 +11,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import ctypes
 import functools
 import inspect
 import socket
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -30,6 +32,8 @@ from llmkit.errors import LLMKitError
 
 THREADS = 64
 """So many calls of one client run at once; more wait for their turn."""
+INTERRUPTIBLE = frozenset({"map", "compare"})
+"""They work on for long, and end their requests and keep their rows when they are interrupted."""
 _ENDING_THREADS = 8
 _ENDING_SECONDS = 10.0
 """So long the end of an answer is seen to after its task was cancelled."""
@@ -55,6 +59,19 @@ class _Threads:
         except asyncio.CancelledError:
             if end is not None:
                 await self.finish(functools.partial(end, future))
+            raise
+
+    async def run_interruptible(self, call: Callable[[], T]) -> T:
+        """Run a call that ends in order when it is interrupted, and interrupt it if the task is cancelled."""
+        future: Future[T] = Future()
+        run = functools.partial(contextvars.copy_context().run, call)
+        # A thread of its own: an interrupt that comes too late must not hit somebody else's call.
+        thread = threading.Thread(target=_keep_result, args=(future, run), name="llmkit-long-call", daemon=True)
+        thread.start()
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            await self.finish(functools.partial(_interrupt, thread, future))
             raise
 
     async def finish(self, end: Callable[[], None]) -> None:
@@ -148,7 +165,7 @@ class AsyncClient:
     It has the methods of `Client`, with the same parameters, results and errors. Each is awaited, besides these:
     `stream` and `follow_logs` are for ``async for``, `openai` and `async_openai` give their client at once. Up to 64
     calls run at the same time, each in a thread; a stream needs one only while it waits for its next piece.
-    Cancelling a task ends the answer, or the load, that it waits for on the server too.
+    Cancelling a task ends on the server, too, what it waits for: the answer, the load, or the requests of a table.
 
     Parameters
     ----------
@@ -282,6 +299,24 @@ def _cancel_until_over(reading: Future[Any], cancel: Callable[[], None]) -> None
         concurrent.futures.wait([reading], _PAUSE_SECONDS)
 
 
+def _keep_result(future: Future[T], call: Callable[[], T]) -> None:
+    future.set_running_or_notify_cancel()
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001  # it is for who awaits the result
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _interrupt(thread: threading.Thread, future: Future[Any]) -> None:
+    """Do to a thread what the stop button does to that of the cell."""
+    if not future.done():
+        number = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(KeyboardInterrupt))
+    concurrent.futures.wait([future], _ENDING_SECONDS)
+
+
 def _hang_up(response: httpx.Response) -> None:
     line = response.extensions["network_stream"].get_extra_info("socket")
     with contextlib.suppress(OSError):
@@ -291,7 +326,8 @@ def _hang_up(response: httpx.Response) -> None:
 def _in_a_thread(method: Callable[..., T]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def call(self: AsyncClient, *args: Any, **kwargs: Any) -> T:
-        return await self._threads.run(lambda: method(self._client, *args, **kwargs))
+        run = self._threads.run_interruptible if method.__name__ in INTERRUPTIBLE else self._threads.run
+        return await run(lambda: method(self._client, *args, **kwargs))
 
     return call
 

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +191,21 @@ async def test_a_prompt_that_waits_for_a_thread_is_never_sent_when_it_is_cancell
     held.go.set()
     await asyncio.gather(*prompts[1:])
     assert len(upstream.requests) == sent
+
+
+async def test_cancelling_a_table_ends_its_requests(
+    loaded: str, asking: AsyncClient, upstream: MockUpstream, tmp_path: Path
+) -> None:
+    held = Held(upstream)
+    rows = [{"n": n} for n in range(20)]
+    table = asyncio.create_task(
+        asking.map(rows, "Say {n}", model=loaded, concurrency=4, checkpoint=tmp_path / "c", progress=False)
+    )
+    await asyncio.to_thread(wait_until, lambda: held.running == 4, "the first rows", 10)
+    table.cancel()
+    await asyncio.wait([table], timeout=8)
+    assert table.cancelled()
+    await asyncio.to_thread(wait_until, lambda: held.running == 0, "the end of the requests", 2)
 
 
 @pytest.mark.parametrize("way", ["close", "cancel", "leave", "drop"])
