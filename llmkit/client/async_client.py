@@ -38,6 +38,7 @@ _ENDING_THREADS = 8
 _ENDING_SECONDS = 10.0
 """So long the end of an answer is seen to after its task was cancelled."""
 _PAUSE_SECONDS = 0.05
+_AWAKE_SECONDS = 0.2
 
 T = TypeVar("T")
 Future = concurrent.futures.Future
@@ -49,13 +50,15 @@ class _Threads:
     def __init__(self) -> None:
         self._working = concurrent.futures.ThreadPoolExecutor(THREADS, "llmkit-call")
         self._ending = concurrent.futures.ThreadPoolExecutor(_ENDING_THREADS, "llmkit-end")
+        self._waiting = 0
+        self._awake: asyncio.AbstractEventLoop | None = None
 
     async def run(self, call: Callable[[], T], end: Callable[[Future[T]], None] | None = None) -> T:
         """Run a call; ``end`` ends it if the task is cancelled meanwhile, and is waited for."""
         # The context goes along, so that what a call prints or shows lands under the cell that awaits it.
         future = self._working.submit(contextvars.copy_context().run, call)
         try:
-            return await asyncio.wrap_future(future)
+            return await self._result(future)
         except asyncio.CancelledError:
             if end is not None:
                 await self.finish(functools.partial(end, future))
@@ -69,10 +72,28 @@ class _Threads:
         thread = threading.Thread(target=_keep_result, args=(future, run), name="llmkit-long-call", daemon=True)
         thread.start()
         try:
-            return await asyncio.wrap_future(future)
+            return await self._result(future)
         except asyncio.CancelledError:
             await self.finish(functools.partial(_interrupt, thread, future))
             raise
+
+    async def _result(self, future: Future[T]) -> T:
+        self._waiting += 1
+        loop = asyncio.get_running_loop()
+        if self._awake is not loop:
+            self._awake = loop
+            self._stay_awake(loop)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._waiting -= 1
+
+    def _stay_awake(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A kernel notices the stop button only when its loop wakes; while we wait nothing else might wake it.
+        if self._waiting and self._awake is loop:
+            loop.call_later(_AWAKE_SECONDS, self._stay_awake, loop)
+        elif self._awake is loop:
+            self._awake = None
 
     async def finish(self, end: Callable[[], None]) -> None:
         """Run what ends something, whatever becomes of the task."""

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -277,23 +278,44 @@ async def test_cancelling_the_reader_of_a_silent_log_frees_its_thread(
     assert reader.cancelled()
 
 
-def test_await_works_at_the_top_of_a_cell(server: JupyterServer, loaded: str) -> None:
-    """A real kernel: IPython awaits in its own loop."""
-    code = f"""
+KERNEL = """
+import threading
 from jupyter_client.manager import start_new_kernel
 manager, kernel = start_new_kernel(kernel_name="python3")
-cell = '''
-import llmkit, asyncio
-client = await llmkit.AsyncClient.connect({server.url!r}, {server.token!r})
-print(len(await asyncio.gather(*(client.prompt("ask", "Hello") for _ in range(20)))))
-async for piece in client.stream("ask", "Hello"):
-    print(piece, end="")
-'''
+stop_after = {stop_after}
+if stop_after:
+    threading.Timer(stop_after, manager.interrupt_kernel).start()
 try:
-    kernel.execute_interactive(cell, timeout=60)
+    print(kernel.execute_interactive({cell!r}, timeout=60)["content"].get("ename"))
 finally:
     kernel.stop_channels()
     manager.shutdown_kernel(now=True)
 """
+
+
+def in_a_kernel(server: JupyterServer, cell: str, stop_after: float = 0) -> str:
+    """Run a cell that has a client in a real kernel, press stop after some seconds, and give what it prints."""
+    made = f"import llmkit, asyncio\nclient = await llmkit.AsyncClient.connect({server.url!r}, {server.token!r})\n"
+    code = KERNEL.format(cell=made + cell, stop_after=stop_after)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert f"20\n{ANSWER}" in done.stdout
+    return done.stdout
+
+
+def test_await_works_at_the_top_of_a_cell(server: JupyterServer, loaded: str) -> None:
+    """A real kernel: IPython awaits in its own loop."""
+    cell = f"""
+print(len(await asyncio.gather(*(client.prompt("{loaded}", "Hello") for _ in range(20)))))
+async for piece in client.stream("{loaded}", "Hello"):
+    print(piece, end="")
+"""
+    assert f"20\n{ANSWER}" in in_a_kernel(server, cell)
+
+
+def test_the_stop_button_ends_what_a_cell_awaits(server: JupyterServer, loaded: str, upstream: MockUpstream) -> None:
+    held = Held(upstream)
+    started = time.monotonic()
+    # Held for good: without the stop button this takes until the kernel is given up.
+    assert "CancelledError" in in_a_kernel(server, f'await client.prompt("{loaded}", "Hello")', stop_after=3)
+    wait_until(lambda: held.running == 0, "the end of the generation", 2)
+    assert held.most == 1
+    assert time.monotonic() - started < 30
