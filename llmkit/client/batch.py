@@ -31,7 +31,7 @@ COLUMNS: Final = {
 }
 """The columns of every result and their types."""
 _OURS: Final = ("stream", "messages", "request_id", "n", "prompt", "model_id")
-_LOOK_SECONDS: Final = 0.1
+_LOOK_SECONDS: Final = 0.2
 
 
 def map_rows(client: Client, data: Any, template: str, **arguments: Any) -> pd.DataFrame:
@@ -303,8 +303,8 @@ class _Bar:
         self._failed += failed
         told = [f"{self._failed} failed"] if self._failed else []
         self._bar.set_postfix_str(", ".join([*told, *filter(None, [self._asking.note])]), refresh=False)
-        self._bar.update(finished)
-        self._bar.refresh()
+        if not self._bar.update(finished):
+            self._bar.refresh()  # the time goes on, and what it waits for
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

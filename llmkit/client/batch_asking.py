@@ -22,11 +22,13 @@ from typing import Any, Final, Literal
 
 from llmkit import errors
 from llmkit.client.batch_checkpoint import Checkpoint, Row
-from llmkit.client.batch_server import BatchServer, Lost
+from llmkit.client.batch_server import BatchServer, ConfigurationChanged, Lost
 from llmkit.errors import LLMKitError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first retry at most, and before any; each is drawn at random below twice the one before."""
+CHECK_SECONDS: Final = 2.0
+"""How often the configuration is looked at; answers since the last time are taken back if it was changed."""
 _STOP_SECONDS: Final = 10.0
 _FIRST_LOOK: Final = 0.1
 
@@ -94,6 +96,7 @@ class Asking:
         self._finished = threading.Event()
         self._stopped = False
         self._news: deque[Row] = deque()
+        self._unsure: list[str] = []
         self._thread = threading.Thread(target=self._run, name="llmkit-map", daemon=True)
         self._pending: list[tuple[Row, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
@@ -141,16 +144,47 @@ class Asking:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
         if self._stopped:
             return
+        changed = False
         async with self.server:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(self.plan.concurrency):
-                        group.create_task(self._work())
+                    workers = [group.create_task(self._work()) for _ in range(self.plan.concurrency)]
+                    watch = group.create_task(self._watch())
+                    await asyncio.wait(workers)
+                    watch.cancel()
+                await self._check()
+            except* ConfigurationChanged:
+                changed = True
+                raise
             finally:
                 if self._regaining is not None:
                     self._regaining.cancel()
                 if self._writer is not None:
                     await self._writer
+                if changed:
+                    self._take_back()
+
+    async def _watch(self) -> None:
+        """Look now and then whether the answers are still those of the configuration that they are kept for."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            await self._check()
+
+    async def _check(self) -> None:
+        before = len(self._unsure)
+        try:
+            await self.server.check()
+        except ConfigurationChanged:
+            raise
+        except LLMKitError:
+            return  # the workers see to what is wrong
+        del self._unsure[:before]
+
+    def _take_back(self) -> None:
+        """Forget what was answered since the configuration was last seen to be the right one."""
+        for identity in self._unsure:
+            self.done.pop(identity, None)
+        self.checkpoint.append(Row(id=identity, void=True) for identity in self._unsure)
 
     async def _work(self) -> None:
         for identity, prompt in self.plan.prompts:
@@ -256,6 +290,7 @@ class Asking:
                 failed = error
             if failed is None:
                 self.done.update((row.id, row) for row, _ in group)
+                self._unsure.extend(row.id for row, _ in group)
                 self._news.extend(row for row, _ in group)
             for _, durable in group:
                 if durable.done():  # its worker was stopped meanwhile

@@ -39,6 +39,8 @@ class Row(BaseModel):
         Which model answered: another one, if that which was asked failed and has a fallback.
     seconds
         That the server took for it.
+    void
+        What was written before about this prompt does not count.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -51,6 +53,7 @@ class Row(BaseModel):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     seconds: float | None = None
+    void: bool = False
 
 
 class Checkpoint:
@@ -136,7 +139,7 @@ class Checkpoint:
                     row = Row.model_validate_json(line)
                     if row.id in wanted:
                         known[row.id] = row
-        return known
+        return {identity: row for identity, row in known.items() if not row.void}
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows; when it returns, they are on the disk.
@@ -147,7 +150,7 @@ class Checkpoint:
             If there is no room; what was there before is kept.
         """
         try:
-            self._write(b"".join(row.model_dump_json(exclude_none=True).encode() + b"\n" for row in rows))
+            self._write(b"".join(row.model_dump_json(exclude_defaults=True).encode() + b"\n" for row in rows))
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)

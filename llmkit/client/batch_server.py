@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS: Final = 3600.0
 """So long may the answer to a prompt of a batch take, its wait in the queue included."""
-LOOK_SECONDS: Final = 3.0
-"""A server that has not answered for so long may be found at another address."""
+LOOK_SECONDS: Final = 2.0
+"""A server that is silent for so long may be found at another address; a model so long unloaded is no accident."""
 
 
 class Lost(errors.ConnectError):
@@ -34,6 +34,10 @@ class Lost(errors.ConnectError):
 
     sent = False
     """Whether the request may have reached it."""
+
+
+class ConfigurationChanged(errors.WrongState):
+    """Answers of one batch would be those of two configurations."""
 
 
 # A server that was started anew may have another token.
@@ -62,7 +66,7 @@ class BatchServer:
         self._configuration = configuration
         self._epoch = epoch
         self._reconnect = reconnect
-        self._silent_since = 0.0
+        self._silent_since = self._unloaded_since = 0.0
         self._session: aiohttp.ClientSession | None = None
         self.generation = 0
         """Grows when the model is there again after it was gone."""
@@ -136,32 +140,46 @@ class BatchServer:
         ------
         ModelNotLoaded
             If somebody has unloaded it.
-        WrongState
+        ConfigurationChanged
             If the model is configured otherwise now.
         """
         try:
             model = await self._model()
-            epoch = str((await self.call("GET", "llm/health", seconds=REQUEST_SECONDS))["epoch"])
+            health = await self.call("GET", "llm/health", seconds=REQUEST_SECONDS)
             self._silent_since = 0.0
-            told = await self.call("GET", f"llm/configuration/{self._configuration.config_id}", seconds=REQUEST_SECONDS)
-            self._check(told)
+            if health["status"] == "stopping":  # it unloads its models before it ends
+                return "the server is going down"
+            epoch = str(health["epoch"])
+            await self.check()
             if model.status == "loaded" or (self._configuration.auto_load and model.status == "unloaded"):
-                self._epoch = epoch
+                self._epoch, self._unloaded_since = epoch, 0.0
                 self.generation += 1
                 return None
-            if model.status == "unloaded":
-                if epoch == self._epoch:
-                    raise errors.ModelNotLoaded(
-                        f"`{model.model_id}` was unloaded.",
-                        hint=f"client.load({model.model_id!r}) loads it; then run the same call again.",
-                    )
+            if model.status != "unloaded":
+                self._unloaded_since = 0.0
+            elif epoch != self._epoch:
                 return await self._load(model)
+            else:
+                # Perhaps only for a moment: to be loaded with other arguments, or since the server begins to end.
+                self._unloaded_since = self._unloaded_since or time.monotonic()
+                if time.monotonic() - self._unloaded_since < LOOK_SECONDS:
+                    return f"`{model.model_id}` was unloaded"
+                raise errors.ModelNotLoaded(
+                    f"`{model.model_id}` was unloaded.",
+                    hint=f"client.load({model.model_id!r}) loads it; then run the same call again.",
+                )
             return f"`{model.model_id}` is {describe_status(model)}"
         except _GONE as error:
+            self._unloaded_since = 0.0
             self._silent_since = self._silent_since or time.monotonic()
             if time.monotonic() - self._silent_since > LOOK_SECONDS:
                 await self._look_elsewhere()
             return "the server does not answer" if isinstance(error, Lost) else error.message.rstrip(".")
+
+    async def check(self) -> None:
+        """Raise `ConfigurationChanged` if the model is configured otherwise now."""
+        path = f"llm/configuration/{self._configuration.config_id}"
+        self._check(await self.call("GET", path, seconds=REQUEST_SECONDS))
 
     async def _model(self) -> Model:
         # A name may hold no character that a URL would have to encode.
@@ -182,7 +200,7 @@ class BatchServer:
     def _check(self, told: Mapping[str, Any]) -> None:
         stored = Configuration.model_validate({k: v for k, v in told.items() if k in Configuration.model_fields})
         if stored.hash != self._configuration.hash:
-            raise errors.WrongState(
+            raise ConfigurationChanged(
                 f"The configuration of `{stored.model_id}` was changed meanwhile.",
                 hint="Answers of both would be mixed. Run the same call again to have all rows answered as it is now.",
             )

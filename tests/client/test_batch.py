@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from aiohttp import web
-from mock_upstream import MockUpstream, chat_answer
+from echo_upstream import Echo
 from support import JupyterServer, wait_until
 
 from llmkit.client import Client, batch, batch_asking, connect
@@ -20,37 +19,6 @@ from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded
 
 ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds"]
 COUNTRIES = ["France", "Japan", "Peru"]
-
-
-class Echo(MockUpstream):
-    """Answers with the prompt itself, unless `script` answers otherwise; counts how often each was asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.respond = self._respond
-        self.script: Callable[[str, int], Awaitable[web.StreamResponse | str | None]] | None = None
-        self.asked: Counter[str] = Counter()
-        self.bodies: list[dict[str, Any]] = []
-        self.running = self.most = 0
-
-    async def _respond(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        if request.path != "/v1/chat/completions":
-            return None
-        prompt = body["messages"][-1]["content"]
-        self.asked[prompt] += 1
-        self.bodies.append(body)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            answer = await self.script(prompt, self.asked[prompt]) if self.script else None
-        except asyncio.CancelledError:
-            self.aborted += 1
-            raise
-        finally:
-            self.running -= 1
-        if isinstance(answer, web.StreamResponse):
-            return answer
-        return web.json_response(chat_answer(f"to {prompt}" if answer is None else answer))
 
 
 @pytest.fixture
