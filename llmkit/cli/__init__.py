@@ -7,6 +7,8 @@ was used wrongly, or a file cannot be read; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may have letters that this terminal has not
     try:
         arguments = _parser().parse_args(words)
         status: int = arguments.run(arguments)
@@ -73,7 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # Who reads has enough, as `head` does. What is still in the buffer must not fail once more at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
+        return 1
+    except UnicodeError:
+        _say_plainly("What was given is not UTF-8.", "wrong_usage", as_json=as_json)
+        return 2
+    except OSError as error:
+        _say_plainly(f"{error.strerror or type(error).__name__}.", "failed", as_json=as_json)
+        _give_up_output()
         return 1
     return status
 
@@ -119,6 +131,18 @@ def _say_error(error: LLMKitError, *, as_json: bool) -> None:
 
     for text in (f"llmkit: {error}", *getattr(error, "__notes__", ())):
         print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr)
+
+
+def _say_plainly(message: str, code: str, *, as_json: bool) -> None:
+    if as_json:
+        _say_json({"message": message, "code": code})
+    else:
+        print(f"llmkit: {message}", file=sys.stderr)
+
+
+def _give_up_output() -> None:
+    with contextlib.suppress(OSError):  # a test's own output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_json(error: dict[str, object]) -> None:

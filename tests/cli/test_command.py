@@ -88,6 +88,14 @@ def test_a_reader_that_has_enough_is_no_error_that_is_shown() -> None:
     assert "BrokenPipe" not in done.stderr
 
 
+def test_output_that_cannot_be_written_is_an_error_in_one_line() -> None:
+    code = f"{sys.executable} -m llmkit doctor > /dev/full"
+    done = subprocess.run(
+        ["sh", "-c", code], env=own_environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "llmkit: No space left on device.\n")
+
+
 def test_a_terminal_gets_tables(client: Client, upstream: MockUpstream, server: JupyterServer, terminal: Any) -> None:
     client.configure("shown", "gpt-3", "openai", {"base_url": upstream.base_url})
     client.load("shown", progress=False)

@@ -102,6 +102,9 @@ def test_the_limit_of_a_control_group_counts_the_smallest_of_all_above(tmp_path:
     (groups / "a" / "memory.max").write_text("4096\n")
     (groups / "memory.max").write_text("8192\n")
     assert cgroup_limit(proc, groups) == 4096
+    (groups / "memory.max").write_text("2048\n")
+    assert cgroup_limit(proc, groups) == 2048
+    (groups / "memory.max").write_text("8192\n")
     (proc / "self" / "cgroup").write_text("0::/of/the/host\n")  # as a container sees it
     assert cgroup_limit(proc, groups) == 8192
     (groups / "memory").mkdir()

@@ -45,6 +45,23 @@ def test_a_prompt_comes_from_the_standard_input(run: Any, loaded: str, upstream:
     assert upstream.requests[-1][2]["messages"] == [{"role": "user", "content": "What\nis it?"}]
 
 
+def test_what_is_not_text_is_wrong_usage_and_letters_that_are_missing_are_no_end(
+    server: JupyterServer, loaded: str, upstream: MockUpstream
+) -> None:
+    async def respond(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+        return web.json_response(chat_answer("\u00fcber")) if "messages" in body else None
+
+    def ask(prompt: bytes, **environ: str) -> tuple[int, bytes, bytes]:
+        command = [sys.executable, "-m", "llmkit", "run", loaded, "-", "--no-stream"]
+        environment = {**server.client_environment(), "PYTHONUTF8": "1", **environ}
+        done = subprocess.run(command, env=environment, input=prompt, capture_output=True, timeout=60, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    assert ask(b"\xff\xfe") == (2, b"", b"llmkit: What was given is not UTF-8.\n")
+    upstream.respond = respond
+    assert ask(b"What?", PYTHONIOENCODING="ascii") == (0, b"?ber\n", b"")
+
+
 def test_the_parameters_go_to_the_model(call: Any, loaded: str, upstream: MockUpstream) -> None:
     words = ("--system", "Be short.", "--temperature", "0", "--max-tokens", "9", "--set", "seed=3")
     assert call("run", loaded, "What?", *words)[0] == 0
