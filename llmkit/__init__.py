@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 from llmkit._version import __version__
 
 if TYPE_CHECKING:
-    from llmkit.client import Client, connect
+    from llmkit.client import AsyncClient, Client, connect
     from llmkit.errors import LLMKitError
     from llmkit.panel import panel
 
-__all__ = ["Client", "LLMKitError", "__version__", "connect", "panel"]
+__all__ = ["AsyncClient", "Client", "LLMKitError", "__version__", "connect", "panel"]
 
 _HOMES = {
+    "AsyncClient": "llmkit.client",
     "Client": "llmkit.client",
     "LLMKitError": "llmkit.errors",
     "connect": "llmkit.client",
+    "load_ipython_extension": "llmkit.magics",  # what `%load_ext llmkit` calls
     "panel": "llmkit.panel",
 }
 

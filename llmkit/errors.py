@@ -64,9 +64,15 @@ classes, so that a notebook sees the server's words.
 
 from __future__ import annotations
 
+import linecache
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, ClassVar
+
+_BOLD_RED, _PLAIN = "\033[1;31m", "\033[0m"
 
 
 class LLMKitError(Exception):
@@ -82,6 +88,17 @@ class LLMKitError(Exception):
         The field, argument or path parameter that was at fault.
     details
         JSON-serialisable facts that a program may use, for example every wrong field with its path.
+
+    Notes
+    -----
+    In a notebook it shows as its message, its hint and the line of the cell. The whole traceback is there too:
+    ``%xmode Verbose`` and then ``%tb``, or ``traceback.print_exception(sys.last_value)``.
+
+    Examples
+    --------
+    >>> print(LLMKitError("The model is not loaded.", hint="client.load('demo') loads it."))
+    The model is not loaded.
+    client.load('demo') loads it.
     """
 
     status: ClassVar[int] = 500
@@ -103,6 +120,20 @@ class LLMKitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def _render_traceback_(self) -> list[str]:
+        """Give what IPython shows: a few lines, or the whole traceback after ``%xmode Verbose``."""
+        # Only within IPython is this called; the package itself is needed nowhere else.
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if shell is not None and str(shell.InteractiveTB.mode) == "Verbose":
+            whole: list[str] = shell.InteractiveTB.structured_traceback(type(self), self, self.__traceback__)
+            return whole
+        lines = [f"{_BOLD_RED}{type(self).__name__}{_PLAIN}: {self.message}"]
+        if self.hint:
+            lines.append(f"Hint: {self.hint}")
+        lines += [f"  {line}" for line in _line_of_the_user(self)]
+        lines += getattr(self, "__notes__", [])
+        return lines
 
     @property
     def type(self) -> str:
@@ -449,6 +480,19 @@ class IncompatibleVersion(ConnectError):
     """Client and server speak different versions of the API."""
 
     code = "incompatible_version"
+
+
+def _line_of_the_user(error: BaseException) -> list[str]:
+    """Give the last line before llmkit's own that led to an error, if its text is known."""
+    found: list[str] = []
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(Path(__file__).parent):
+            break
+        text = linecache.getline(str(path), number, frame.f_globals).strip()
+        if text and "IPython" not in path.parts:
+            found = [f"line {number}: {text}"]
+    return found
 
 
 def walk(root: type[LLMKitError] = LLMKitError) -> Iterator[type[LLMKitError]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmkit.client.async_client import AsyncAnswerStream, AsyncClient
 from llmkit.client.client import Client
 from llmkit.client.discovery import connect
 from llmkit.client.events import Watcher
@@ -12,6 +13,8 @@ from llmkit.client.transfer import ImportedList
 __all__ = [
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
+    "AsyncClient",
     "Client",
     "Configuration",
     "ImportedList",

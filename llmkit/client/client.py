@@ -5,45 +5,43 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import httpx
-
-from llmkit.client import transfer
-from llmkit.client.connection import Connection
+from llmkit.client import keys, transfer
+from llmkit.client.connection import Connection, path_to
+from llmkit.client.conversations import Conversations
 from llmkit.client.loading import follow
+from llmkit.client.provenance import KnownConfigurations, Prompt
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
 from llmkit.client.streaming import AnswerStream, read_events
 from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
 from llmkit.schemas import (
     OPTIONAL_FIELDS,
-    Conversation,
-    ConversationList,
-    ConversationRequest,
     Devices,
     Health,
     LoadPlan,
     LogTail,
     Memory,
+    RequestList,
     Snapshot,
 )
 
-ANSWER_SECONDS = 600.0
-"""So long may a model take until it answers, or between two pieces of a streamed answer."""
+if TYPE_CHECKING:
+    import pandas as pd
+    from openai import AsyncOpenAI, OpenAI
+
+    from llmkit.client.async_client import AsyncClient
+
 UNLOAD_SECONDS = 60.0
 PERMISSIONS = frozenset({"read", "write", "execute"})
 """Names of what Jupyter's authorizer is asked for; ``execute`` is to prompt."""
-LOG_SILENCE_SECONDS = 60.0
-"""The server says at least that it is there more often than that."""
 
 
-class Client:
+class Client(Conversations):
     """Configure, load, prompt and unload the models of one Jupyter server.
 
     Made by `llmkit.connect`. Threads may share it. Every method raises an `LLMKitError` of the class that fits,
@@ -65,6 +63,7 @@ class Client:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self._known = KnownConfigurations(connection)
 
     @property
     def url(self) -> str:
@@ -132,7 +131,9 @@ class Client:
             If a field is wrong; ``details["fields"]`` names each.
         """
         body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
-        return self.configuration(self.connection.call("POST", "llm/configure_model/", json=body)["config_id"])
+        told = self.connection.call("POST", "llm/configure_model/", json=body)
+        self._known.forget()
+        return self.configuration(told["config_id"])
 
     def check(
         self,
@@ -169,7 +170,7 @@ class Client:
         if config_id is None:
             told = self.connection.call("POST", "llm/configure_model/", json=body, params=params)
         else:
-            told = self.connection.call("PUT", _path("llm/configuration", config_id), json=body, params=params)
+            told = self.connection.call("PUT", path_to("llm/configuration", config_id), json=body, params=params)
         return LoadPlan.model_validate(told["plan"]) if told["plan"] is not None else None
 
     def configurations(self) -> list[Configuration]:
@@ -178,7 +179,7 @@ class Client:
 
     def configuration(self, config_id: str) -> Configuration:
         """Give one configuration, by its ``config_id``."""
-        return read_configuration(self.connection.call("GET", _path("llm/configuration", config_id)))
+        return read_configuration(self.connection.call("GET", path_to("llm/configuration", config_id)))
 
     def update(self, model_id: str, *, reload: bool = False, **changes: Any) -> Configuration:
         """Change a configuration.
@@ -204,9 +205,41 @@ class Client:
         stored = self.configuration(self.model(model_id).config_id)
         body = {k: v for k, v in stored.to_wire().items() if k not in ("config_id", "declared")} | changes
         body = {k: v for k, v in body.items() if v is not None or k not in OPTIONAL_FIELDS}
-        path = _path("llm/configuration", stored.config_id)
+        path = path_to("llm/configuration", stored.config_id)
         params = {"reload": "true"} if reload else None
-        return read_configuration(self.connection.call("PUT", path, json=body, params=params, seconds=UNLOAD_SECONDS))
+        told = self.connection.call("PUT", path, json=body, params=params, seconds=UNLOAD_SECONDS)
+        self._known.forget()
+        return read_configuration(told)
+
+    def set_key(self, model_id: str, key: str | None = None, *, reload: bool = False) -> Configuration:
+        """Give a configuration another API key; everything else stays, and the key is never shown again.
+
+        Parameters
+        ----------
+        model_id
+            The model.
+        key
+            The key, or ``env:NAME`` for a variable of the server. None: you are asked, so that it stands in no cell.
+        reload
+            Unload a live model and load it again; without that a live model refuses.
+
+        Raises
+        ------
+        KeyMissing
+            If no key is given, or nobody can be asked.
+        ModelIsLoaded
+            If the model is live, without ``reload``.
+        DoesNotFit
+            If its type takes no key.
+
+        Examples
+        --------
+        >>> client.set_key("gpt")  # doctest: +SKIP
+        API key of gpt: ········
+        """
+        given = keys.clean_key(keys.ask_key(model_id) if key is None else key)
+        stored = self.configuration(self.model(model_id).config_id)
+        return self.update(model_id, reload=reload, model_kwargs=keys.with_key(stored.model_kwargs, given))
 
     def delete(self, model_id: str | None = None, *, config_id: str | None = None, unload: bool = False) -> None:
         """Delete a configuration and its key.
@@ -228,7 +261,8 @@ class Client:
         if config_id is None:
             config_id = self.model(str(model_id)).config_id
         params = {"unload": "true"} if unload else None
-        self.connection.call("DELETE", _path("llm/configuration", config_id), params=params, seconds=UNLOAD_SECONDS)
+        self.connection.call("DELETE", path_to("llm/configuration", config_id), params=params, seconds=UNLOAD_SECONDS)
+        self._known.forget()
 
     def export_configurations(self, path: str | os.PathLike[str]) -> list[str]:
         """Write every configuration to a JSON file, without keys; names of variables (``env:NAME``) stay.
@@ -277,7 +311,7 @@ class Client:
 
     def model(self, model_id: str) -> Model:
         """Give one model as it is now, or raise `ModelNotFound`."""
-        return Model.model_validate(self.connection.call("GET", _path("llm/models", model_id)))
+        return Model.model_validate(self.connection.call("GET", path_to("llm/models", model_id)))
 
     def snapshot(self) -> Snapshot:
         """Give every model with the epoch and revision of the registry."""
@@ -293,12 +327,12 @@ class Client:
 
     def plan(self, model_id: str) -> LoadPlan:
         """Say what a load would take, whether it fits, and which models would be unloaded for it; changes nothing."""
-        path = _path("llm/load_model", self.model(model_id).config_id)
+        path = path_to("llm/load_model", self.model(model_id).config_id)
         return LoadPlan.model_validate(self.connection.call("POST", path, params={"dry_run": "true"}))
 
     def logs(self, model_id: str, tail: int = 200) -> list[str]:
         """Give the last lines of an engine's log; none for a model that runs elsewhere."""
-        told = self.connection.call("GET", _path("llm/models", model_id) + "/logs", params={"tail": tail})
+        told = self.connection.call("GET", path_to("llm/models", model_id) + "/logs", params={"tail": tail})
         return LogTail.model_validate(told).lines
 
     def follow_logs(self, model_id: str, tail: int = 200) -> Generator[str]:
@@ -311,9 +345,7 @@ class Client:
         tail
             With how many lines to begin.
         """
-        path = _path("llm/models", model_id) + "/logs"
-        params = {"tail": tail, "follow": "true"}
-        with self.connection.stream("GET", path, params=params, seconds=LOG_SILENCE_SECONDS) as response:
+        with self.connection.log_stream(model_id, tail) as response:
             for event in read_events(response):
                 yield event["line"]
 
@@ -322,7 +354,7 @@ class Client:
         return self._start_loading(self.model(model_id), force=force)
 
     def _start_loading(self, model: Model, *, force: bool) -> Model:
-        path = _path("llm/load_model", model.config_id)
+        path = path_to("llm/load_model", model.config_id)
         params = {"wait": "false", **({"force": "true"} if force else {})}
         return Model.model_validate(self.connection.call("POST", path, params=params))
 
@@ -367,7 +399,7 @@ class Client:
             Seconds that running requests get to finish.
         """
         params = {"drain": drain} if drain else None
-        path = _path("llm/unload_model", model_id)
+        path = path_to("llm/unload_model", model_id)
         told = self.connection.call("POST", path, params=params, seconds=UNLOAD_SECONDS + drain)
         return Memory.model_validate(told.get("freed") or {})
 
@@ -394,60 +426,212 @@ class Client:
             If it has to be loaded first.
         """
         body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
-        return Answer.model_validate(self.connection.call("POST", "llm/inference/", json=body, seconds=ANSWER_SECONDS))
+        return Prompt(self.connection, self._known, body).ask()
 
     def stream(self, model_id: str, prompt: str, **inference_kwargs: Any) -> AnswerStream:
         """Ask a model and give its answer as it comes; the parameters are those of `prompt`."""
         request_id = str(inference_kwargs.setdefault("request_id", f"req-{uuid.uuid4().hex}"))
         inference_kwargs["stream"] = True
         body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
-        return AnswerStream(self, body, request_id)
+        return AnswerStream(Prompt(self.connection, self._known, body), request_id)
 
     def cancel(self, request_id: str) -> None:
         """End a running request, or raise `RequestNotFound`."""
-        self.connection.call("DELETE", _path("llm/inference", request_id))
+        self.connection.call("DELETE", path_to("llm/inference", request_id))
 
-    def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
-        """Send a prompt whose answer is streamed; for `AnswerStream`."""
-        return self.connection.stream("POST", "llm/inference/", json=body, seconds=ANSWER_SECONDS)
-
-    # -- conversations -----------------------------------------------------------------------------------------
-
-    def conversations(self) -> ConversationList:
-        """Give what the server knows of the conversations that it keeps, what was changed last first."""
-        return ConversationList.model_validate(self.connection.call("GET", "llm/conversations/"))
-
-    def conversation(self, conversation_id: str) -> Conversation:
-        """Give one conversation, or raise `ConversationNotFound`."""
-        told = self.connection.call("GET", _path("llm/conversations", conversation_id))
-        return Conversation.model_validate({k: v for k, v in told.items() if k in Conversation.model_fields})
-
-    def save_conversation(self, conversation_id: str, body: ConversationRequest) -> int:
-        """Have a conversation kept as it is now, and give its new revision.
+    def requests(self, limit: int = 100, model_id: str | None = None) -> RequestList:
+        """Give the requests that run now, and the last ones that are over.
 
         Parameters
         ----------
-        conversation_id
-            Your name for it: letters, digits and ``. _ -``, at most 64. A new one makes a new conversation.
-        body
-            The whole conversation; with a ``revision`` only if that is the one that is kept, 0 for none.
+        limit
+            So many of those that are over, at most.
+        model_id
+            Only those of this model.
 
         Raises
         ------
-        ConversationChanged
-            If another revision is kept, or none; that stays as it is.
-        ConversationsNotKept
-            If the server keeps no conversations.
-        TooLarge
-            If it has more than 4 MiB.
-        """
-        path = _path("llm/conversations", conversation_id)
-        sent = body.model_dump(mode="json", exclude_defaults=True)
-        return int(self.connection.call("PUT", path, json=sent)["revision"])
+        ModelNotFound
+            If there is no such model.
 
-    def delete_conversation(self, conversation_id: str) -> None:
-        """Have a conversation forgotten, or raise `ConversationNotFound`."""
-        self.connection.call("DELETE", _path("llm/conversations", conversation_id))
+        Examples
+        --------
+        >>> [one.outcome for one in client.requests(limit=1).recent]  # doctest: +SKIP
+        ['ok']
+        """
+        params = {"limit": limit, **({"model_id": model_id} if model_id is not None else {})}
+        return RequestList.model_validate(self.connection.call("GET", "llm/requests/", params=params))
+
+    # -- other faces -------------------------------------------------------------------------------------------
+
+    def openai(self, **kwargs: Any) -> OpenAI:
+        """Give a client of the ``openai`` package that asks the models of this server; ``model`` is a ``model_id``.
+
+        Parameters
+        ----------
+        **kwargs
+            Arguments of ``openai.OpenAI``, for example ``timeout`` (seconds) and ``max_retries``.
+
+        Examples
+        --------
+        >>> openai = client.openai()  # doctest: +SKIP
+        >>> openai.chat.completions.create(  # doctest: +SKIP
+        ...     model="demo", messages=[{"role": "user", "content": "Hello"}]
+        ... )
+        """
+        from openai import OpenAI  # slow to import
+
+        return OpenAI(**self.connection.openai_arguments(kwargs))
+
+    def async_openai(self, **kwargs: Any) -> AsyncOpenAI:
+        """Give an ``openai.AsyncOpenAI`` that asks the models of this server; see `openai`."""
+        from openai import AsyncOpenAI  # slow to import
+
+        return AsyncOpenAI(**self.connection.openai_arguments(kwargs, is_async=True))
+
+    def as_async(self) -> AsyncClient:
+        """Give the same client for ``await``; both share the connections, and closing one closes the other.
+
+        Examples
+        --------
+        >>> answer = await client.as_async().prompt("demo", "Hello")  # doctest: +SKIP
+        """
+        from llmkit.client.async_client import AsyncClient
+
+        return AsyncClient(self)
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
+    def map(
+        self,
+        data: Any,
+        template: str,
+        *,
+        model: str,
+        system: str | None = None,
+        schema: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        concurrency: int = 8,
+        retries: int = 3,
+        retry_errors: bool = False,
+        missing: Literal["error", "skip"] = "error",
+        on_engine_lost: Literal["wait", "fail"] = "wait",
+        patience: float = 3600.0,
+        progress: bool = True,
+        priority: Literal["batch", "interactive"] = "batch",
+        reconnect: Callable[[], Client] | None = None,
+        **inference_kwargs: Any,
+    ) -> pd.DataFrame:
+        """Ask a model about every row of a table; the same call again goes on where one has ended.
+
+        Each answer is on the disk before it counts. Rows with equal prompts are asked once. An answer is taken from
+        the checkpoint only for the same prompt, system prompt, template, parameters, schema and configuration.
+
+        Parameters
+        ----------
+        data
+            A DataFrame, a Series (``{its name}``, else ``{text}``) or a list of dicts.
+        template
+            The prompt, with ``{column}`` for the cell of that column; ``{{`` and ``}}`` are braces.
+        model
+            The ``model_id`` of a loaded model.
+        system
+            System prompt of every row.
+        schema
+            JSON schema, or pydantic class, that the answers follow: its properties become columns with a type.
+        checkpoint
+            File for the answers; default: one in ``.llmkit`` in the working folder, beside the notebook.
+        concurrency
+            Requests running at once at most; so many rows at most are asked twice after a kill.
+        retries
+            How often a row is asked again after the engine or the line has failed, with growing pauses. A full
+            queue of the server is waited for without counting.
+        retry_errors
+            Ask rows again whose ``error`` the checkpoint holds.
+        missing
+            ``error``, or ``skip``: rows with an empty cell that the template needs get a reason instead of an answer.
+        on_engine_lost
+            ``wait`` until a model or a server that went is back (a model that was loaded is loaded again after a
+            restart of the server), or ``fail``.
+        patience
+            Seconds to wait for that at most.
+        progress
+            Show a progress bar with rate and time left.
+        priority
+            ``batch`` lets requests of people go first.
+        reconnect
+            Gives a client of the server when it is back at another address; default: `llmkit.connect`.
+        **inference_kwargs
+            Parameters of every prompt, for example ``temperature``, ``max_tokens``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            The table with the same index, and ``response``, ``error`` (NA where all is well), ``finish_reason``,
+            ``prompt_tokens``, ``completion_tokens``, ``seconds`` (of the request on the server), and the columns of
+            the schema.
+
+        Raises
+        ------
+        DoesNotFit
+            If the template names no column, or a cell cannot go into a prompt; nothing was asked then.
+        ModelNotLoaded
+            If the model has to be loaded first, or somebody has unloaded it.
+        DiskFull, WrongState, TimedOut
+            No room for the checkpoint; another process has it, or the configuration was changed; waited in vain.
+        KeyboardInterrupt
+            When interrupted: requests are cancelled on the server. With every error finished rows are kept.
+
+        Examples
+        --------
+        >>> df = pd.DataFrame({"country": ["France", "Japan"]})  # doctest: +SKIP
+        >>> client.map(df, "What is the capital of {country}?", model="demo")["response"]  # doctest: +SKIP
+        """
+        from llmkit.client.batch import map_rows  # needed by few, and slow to import
+
+        return map_rows(
+            self,
+            data,
+            template,
+            model=model,
+            system=system,
+            schema=schema,
+            checkpoint=checkpoint,
+            concurrency=concurrency,
+            retries=retries,
+            retry_errors=retry_errors,
+            missing=missing,
+            on_engine_lost=on_engine_lost,
+            patience=patience,
+            progress=progress,
+            priority=priority,
+            reconnect=reconnect,
+            **inference_kwargs,
+        )
+
+    def compare(self, models: Sequence[str], data: Any, template: str, **arguments: Any) -> pd.DataFrame:
+        """Ask several models about every row of a table, one model after the other.
+
+        Parameters
+        ----------
+        models
+            Each ``model_id``.
+        data, template, **arguments
+            As of `map`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for each row and model: ``row`` (label of the table's index), ``model_id``, the columns that `map`
+            adds, ``answered_by`` (another model, where one with a fallback failed) and ``configuration_hash``.
+
+        Examples
+        --------
+        >>> client.compare(["demo", "gpt"], df, "What is the capital of {country}?")  # doctest: +SKIP
+        """
+        from llmkit.client.batch import compare_models
+
+        return compare_models(self, models, data, template, **arguments)
 
 
 def _configuration(
@@ -464,10 +648,3 @@ def _configuration(
         "model_kwargs": dict(model_kwargs or {}),
         **{name: value for name, value in optional.items() if value is not None},
     }
-
-
-def _path(resource: str, name: str) -> str:
-    # A name is one part of a path, whatever is in it; an empty one would be another resource.
-    if not name:
-        raise LLMKitError(f"The name in {resource}/... is empty.")
-    return f"{resource}/{quote(name, safe='')}"

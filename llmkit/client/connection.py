@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import re
 import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 import httpx
 
@@ -18,6 +19,9 @@ from llmkit.errors import ConnectError, LLMKitError, NotAuthenticated, ServerNot
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 30.0
+LOG_SILENCE_SECONDS = 60.0
+"""The server says at least that it is there more often than that."""
+KEPT_CONNECTIONS = 100
 # What follows the base URL in addresses that people copy from their browser.
 _PAGES = re.compile(r"/(?:lab|tree|notebooks|doc|consoles|edit|llm|login)(?:/.*)?$")
 
@@ -103,25 +107,36 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        # Reading the system's certificates takes longer than a whole request; plain http needs none.
-        verify: bool | ssl.SSLContext = False
-        if server.url.startswith("https:"):
-            verify = _trust_only(server.verify) if isinstance(server.verify, str) else server.verify
-        trust_env = not server.is_local
-        transport = httpx.HTTPTransport(uds=server.uds, verify=verify, trust_env=trust_env) if server.uds else None
         self._http = httpx.Client(
             base_url=server.url,
             headers={**server.headers, "Accept": "application/json"},
-            verify=verify,
-            trust_env=trust_env,
-            transport=transport,
             follow_redirects=False,
             timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
+            **_reach(server, httpx),
         )
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+    def openai_arguments(self, given: Mapping[str, Any], *, is_async: bool = False) -> dict[str, Any]:
+        """Give what makes a client of the ``openai`` package one of this server; what is given wins."""
+        arguments: dict[str, Any] = {
+            "base_url": f"{self.server.url}llm/v1",
+            "api_key": self.server.token or "none",  # the package insists on one
+            **given,
+        }
+        if "http_client" not in arguments:
+            import openai  # slow to import
+
+            made = openai.DefaultAsyncHttpxClient if is_async else openai.DefaultHttpxClient
+            # The package may bring another httpx than ours: newer ones build upon httpx2.
+            base = next(one for one in made.__mro__ if one.__name__ in ("Client", "AsyncClient"))
+            library = importlib.import_module(base.__module__.partition(".")[0])
+            # Nothing under /llm redirects, and the token is for this server alone.
+            more = {**_reach(self.server, library, is_async=is_async), "follow_redirects": False}
+            arguments["http_client"] = made(**more)
+        return arguments
 
     def raw(self, method: str, path: str, *, seconds: float = REQUEST_SECONDS, **kwargs: Any) -> httpx.Response:
         """Send a request and give the answer, whatever its status.
@@ -192,6 +207,12 @@ class Connection:
         except httpx.HTTPError as error:
             raise self._explain(error) from error
 
+    def log_stream(self, model_id: str, tail: int) -> AbstractContextManager[httpx.Response]:
+        """Open the log of an engine, which goes on: its last lines first."""
+        params = {"tail": tail, "follow": "true"}
+        path = path_to("llm/models", model_id) + "/logs"
+        return self.stream("GET", path, params=params, seconds=LOG_SILENCE_SECONDS)
+
     def error_of(self, response: httpx.Response) -> LLMKitError:
         """Give the error that an answer without success stands for."""
         if response.is_redirect:
@@ -229,6 +250,21 @@ class Connection:
         )
 
 
+def _reach(server: Server, library: Any, *, is_async: bool = False) -> dict[str, Any]:
+    """Give the arguments that have a client of httpx, or of a library that is like it, reach a server."""
+    # Reading the system's certificates takes longer than a whole request; plain http needs none.
+    verify: bool | ssl.SSLContext = False
+    if server.url.startswith("https:"):
+        verify = _trust_only(server.verify) if isinstance(server.verify, str) else server.verify
+    # As many as there are threads: one that waits for a free connection would wait for somebody's answer.
+    limits = library.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
+    arguments = {"verify": verify, "trust_env": not server.is_local, "limits": limits}
+    if server.uds:
+        transport = library.AsyncHTTPTransport if is_async else library.HTTPTransport
+        arguments["transport"] = transport(uds=server.uds, **arguments)
+    return arguments
+
+
 def _trust_only(path: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=path)
@@ -244,6 +280,24 @@ def _is_certificate_error(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def path_to(resource: str, name: str) -> str:
+    """Give the path of one thing of a resource.
+
+    Raises
+    ------
+    LLMKitError
+        If the name is empty: the path would be that of another resource.
+
+    Examples
+    --------
+    >>> path_to("llm/models", "a/b")
+    'llm/models/a%2Fb'
+    """
+    if not name:
+        raise LLMKitError(f"The name in {resource}/... is empty.")
+    return f"{resource}/{quote(name, safe='')}"
 
 
 def is_missing(response: httpx.Response) -> bool:

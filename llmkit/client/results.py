@@ -2,18 +2,95 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
 from html import escape
-from typing import Any
+from typing import Any, Self
+
+from pydantic import PrivateAttr
 
 from llmkit import schemas
+from llmkit._version import __version__
 from llmkit.schemas import Wire
 
+KEY = "api_key"
+_FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 _COLUMNS = ("model_id", "status", "model_type", "model_name", "memory", "error")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the client knows of a prompt that it sent.
+
+    Attributes
+    ----------
+    parameters
+        That went with the prompt.
+    time
+        When it was sent.
+    configuration
+        Of the model that answered, if that could be had.
+    """
+
+    parameters: Mapping[str, Any]
+    time: datetime
+    configuration: Configuration | None = None
+
+
 class Answer(schemas.InferenceAnswer):
-    """The answer to a prompt; ``str(answer)`` is its text."""
+    """The answer to a prompt; ``str(answer)`` is its text, and `provenance` says where it comes from.
+
+    Examples
+    --------
+    >>> answer = client.prompt("demo", "What is the capital of France?")  # doctest: +SKIP
+    >>> print(answer)  # doctest: +SKIP
+    The capital of France is Paris.
+    >>> answer.provenance["usage"]["completion_tokens"]  # doctest: +SKIP
+    7
+    """
+
+    _asked: Asked | None = PrivateAttr(None)
+
+    def signed(self, asked: Asked, known: Mapping[str, Configuration]) -> Self:
+        """Note the prompt, and of the configurations that are known the one of the model that answered."""
+        self._asked = replace(asked, configuration=known.get(self.model_id))
+        return self
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the answer comes from, as JSON; what cannot be known is None.
+
+        ``model_id`` (that answered), ``model_name``, ``configuration_hash`` (see `Configuration.hash`; the
+        configuration as it was at most some seconds before the prompt), ``parameters`` (sent with the prompt, without
+        ``messages``), ``seed`` (of the prompt, else of the configuration), ``finish_reason``, ``usage`` (tokens),
+        ``timings`` (seconds), ``engine`` (the model type), ``engine_version`` (None: the server does not tell it),
+        ``llmkit_version`` (of the client), ``request_id`` and ``time`` (UTC, ISO 8601, when the prompt was sent).
+        """
+        asked = self._asked
+        configuration = asked.configuration if asked else None
+        parameters = dict(asked.parameters) if asked else None
+        seed = (parameters or {}).get("seed")
+        if seed is None and configuration is not None:
+            seed = configuration.seed
+        return {
+            "model_id": self.model_id,
+            "model_name": configuration.model_name if configuration else None,
+            "configuration_hash": configuration.hash if configuration else None,
+            "parameters": parameters,
+            "seed": seed,
+            "finish_reason": self.finish_reason,
+            "usage": self.usage.model_dump(mode="json") if self.usage else None,
+            "timings": self.timings.model_dump(mode="json"),
+            "engine": configuration.model_type if configuration else None,
+            "engine_version": None,
+            "llmkit_version": __version__,
+            "request_id": self.request_id,
+            "time": asked.time.isoformat(timespec="milliseconds") if asked else None,
+        }
 
     def __str__(self) -> str:
         return self.response
@@ -22,14 +99,52 @@ class Answer(schemas.InferenceAnswer):
         return f"Answer({self.response!r})"
 
     def _repr_markdown_(self) -> str:
-        return self.response
+        # An answer that was cut within a block of code would take what follows into the block.
+        fence = "\n```" if len(_FENCE.findall(self.response)) % 2 else ""
+        parts = [self.model_id]
+        if self.usage and self.usage.completion_tokens is not None:
+            parts.append(f"{self.usage.completion_tokens} tokens")
+        parts.append(f"{self.timings.total:.2f} s")
+        rows = "".join(_row(name, value) for name, value in self.provenance.items() if value is not None)
+        summary = f"<summary><small>{escape(' · '.join(parts))}</small></summary>"
+        return f"{self.response}{fence}\n\n<details>{summary}<table>{rows}</table></details>"
 
 
 class Configuration(schemas.Configuration):
     """A stored configuration."""
 
+    @property
+    def hash(self) -> str:
+        """Hash of what decides the answers: SHA-256 of model name, type and arguments, in hexadecimal.
+
+        Keys do not count, nor what the model is called here, nor limits and descriptions.
+
+        Examples
+        --------
+        >>> fields = {"config_id": "c", "model_id": "a", "model_name": "gpt-3", "model_type": "openai"}
+        >>> Configuration(**fields).hash == Configuration(**{**fields, "model_id": "b"}).hash
+        True
+        """
+        engine = self.model_kwargs.get("engine")
+        kwargs: dict[str, Any] = {name: value for name, value in self.model_kwargs.items() if name != KEY}
+        if isinstance(engine, dict):
+            kwargs["engine"] = {name: value for name, value in engine.items() if name != KEY}
+        what = {"model_name": self.model_name, "model_type": self.model_type, "model_kwargs": kwargs}
+        return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def seed(self) -> Any:
+        """The seed that the configuration gives to each prompt, or None."""
+        generation = self.model_kwargs.get("generation")
+        nested = generation.get("seed") if isinstance(generation, dict) else None
+        return nested if nested is not None else self.model_kwargs.get("seed")
+
     def __repr__(self) -> str:
         return f"Configuration({', '.join(f'{name}={value!r}' for name, value in self.to_wire().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(_row(name, value) for name, value in self.to_wire().items() if value != {})
+        return f"<table>{rows}</table>"
 
 
 class Model(schemas.Model):
@@ -131,6 +246,14 @@ def describe_memory(memory: schemas.Memory) -> str:
     """Give what a model holds for a person, or nothing where it is not known."""
     parts = ((memory.gpu_bytes, "GPU"), (memory.pss_bytes, "RAM"))
     return ", ".join(f"{describe_bytes(count)} {kind}" for count, kind in parts if count)
+
+
+def _row(name: str, value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    # A blank line would end the HTML within Markdown.
+    text = escape(re.sub(r"\n\s*\n", "\n", text))
+    left = 'style="text-align: left"'
+    return f'<tr><th scope="row" {left}>{escape(name)}</th><td {left}><code>{text}</code></td></tr>'
 
 
 def _cells(model: schemas.Model) -> tuple[str, ...]:

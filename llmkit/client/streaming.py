@@ -16,14 +16,18 @@ from llmkit.errors import EngineGone, RequestNotFound, from_wire
 
 
 class Opener(Protocol):
-    """What a stream asks of its client."""
+    """The prompt that a stream is the answer to."""
 
-    def open_stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+    def open_stream(self) -> AbstractContextManager[httpx.Response]:
         """Send the prompt."""
         ...
 
     def cancel(self, request_id: str) -> None:
         """End the request on the server."""
+        ...
+
+    def read_answer(self, told: dict[str, Any]) -> Answer:
+        """Give the answer that the server told."""
         ...
 
 
@@ -54,14 +58,14 @@ class AnswerStream(Iterator[str]):
     ...     print(piece, end="")
     """
 
-    def __init__(self, opener: Opener, body: dict[str, Any], request_id: str) -> None:
+    def __init__(self, opener: Opener, request_id: str) -> None:
         self.request_id = request_id
         self.text = ""
         self.reasoning = ""
         self.answer: Answer | None = None
         self._opener = opener
         # It knows nothing of this object: a stream that nobody holds any more is closed at once.
-        self._frames = _frames(opener, body)
+        self._frames = _frames(opener)
 
     def __iter__(self) -> Self:
         return self
@@ -81,7 +85,7 @@ class AnswerStream(Iterator[str]):
         try:
             for frame in self._frames:
                 if "response" in frame:
-                    self.answer = Answer.model_validate(frame)
+                    self.answer = self._opener.read_answer(frame)
                     continue
                 piece = Piece(str(frame.get("delta") or ""), str(frame.get("reasoning") or ""))
                 if any(piece):
@@ -119,9 +123,9 @@ def read_events(response: httpx.Response) -> Iterator[Any]:
             yield None if data == "[DONE]" else json.loads(data)
 
 
-def _frames(opener: Opener, body: dict[str, Any]) -> Generator[dict[str, Any]]:
+def _frames(opener: Opener) -> Generator[dict[str, Any]]:
     complete = False
-    with opener.open_stream(body) as response:
+    with opener.open_stream() as response:
         for frame in read_events(response):
             if frame is None:
                 complete = True  # the rest is read, so that the connection can be used again

@@ -18,7 +18,7 @@ import httpx
 import traitlets
 
 from llmkit.client import Client
-from llmkit.client.client import LOG_SILENCE_SECONDS
+from llmkit.client.connection import LOG_SILENCE_SECONDS
 from llmkit.errors import ConnectError, LLMKitError, TimedOut
 from llmkit.panel.lane import Lane
 from llmkit.panel.widgets import read_module

@@ -1,4 +1,4 @@
-"""The ``llmkit`` command, in shells and in terminals of real servers."""
+"""``llmkit env``, in shells and in terminals of real servers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 import websocket
 from support import JupyterServer, own_environment
 
-from llmkit import __version__
-from llmkit.cli import main, variables_of
+from llmkit.cli import main
+from llmkit.cli.env import variables_of
 from llmkit.client.connection import Server
 from llmkit.errors import ConnectError
 
@@ -83,17 +83,10 @@ def test_a_wrong_token_is_said_and_nothing_is_printed(server: JupyterServer) -> 
     assert "refuses the token" in ran.stderr
 
 
-def test_it_says_its_version_and_what_it_can_do() -> None:
-    assert sh(f"{LLMKIT} --version", own_environment()).stdout == f"llmkit {__version__}\n"
-    assert 'eval "$(llmkit env)"' in sh(f"{LLMKIT} env --help", own_environment()).stdout.replace("\n", " ")
-    assert sh(LLMKIT, own_environment()).returncode == 2
-
-
-def test_the_command_loads_nothing_heavy_before_it_is_needed() -> None:
-    heavy = {"pydantic", "httpx", "tornado", "jupyter_server", "psutil"}
-    code = f"import sys, llmkit.cli; print({heavy!r} & set(sys.modules))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert ran.stdout == "set()\n"
+def test_as_json_it_is_one_object(server: JupyterServer) -> None:
+    told = json.loads(sh(f"{LLMKIT} env --json", around(server)).stdout)
+    assert set(told) == {"LLMKIT_SERVER_URL", "LLMKIT_TOKEN"}
+    assert told["LLMKIT_TOKEN"] == server.token
 
 
 # -- servers of other kinds ----------------------------------------------------------------------------------------

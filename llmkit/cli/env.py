@@ -1,16 +1,15 @@
-"""The ``llmkit`` command: what a shell has to know of the server that ``llmkit.connect()`` finds."""
+"""``llmkit env``: the variables of a shell that lead to the server that ``llmkit.connect()`` finds."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmkit._version import __version__
-from llmkit.errors import ConnectError, LLMKitError
+from llmkit.cli.output import print_json
+from llmkit.errors import ConnectError
 
 if TYPE_CHECKING:
     from llmkit.client.connection import Server
@@ -18,33 +17,20 @@ if TYPE_CHECKING:
 USE = 'eval "$(llmkit env)"'
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return env(arguments.url)
-    except LLMKitError as error:
-        # Nothing goes to the standard output, so that a shell that evaluates it does nothing.
-        print(f"llmkit: {error}", file=sys.stderr)
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("llmkit", description="Large language models in Jupyter.")
-    parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the command of this module."""
     command = commands.add_parser(
         "env",
+        parents=[shared],
         help=f"print the variables that lead to the Jupyter server, for {USE}",
         description=f"Finds the Jupyter server as llmkit.connect() does, and prints LLMKIT_SERVER_URL and LLMKIT_TOKEN "
         f"for a shell: {USE}. Then: "
         'curl -H "Authorization: token $LLMKIT_TOKEN" "$LLMKIT_SERVER_URL/llm/models/"',
     )
-    command.add_argument("--url", help="address of the server, also as copied from the browser with its token")
-    return parser
+    command.set_defaults(run=env)
 
 
-def env(url: str | None) -> int:
+def env(arguments: argparse.Namespace) -> int:
     """Print the variables of a shell that lead to the server.
 
     Raises
@@ -54,9 +40,13 @@ def env(url: str | None) -> int:
     """
     from llmkit.client.discovery import connect  # not needed to print the help
 
-    with connect(url) as client:
+    with connect(arguments.url) as client:
         server = client.connection.server
-    for name, value in variables_of(server).items():
+    variables = variables_of(server)
+    if arguments.json:
+        print_json(variables)
+        return 0
+    for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
     if _has_own_certificate(server):
         way = '--cacert "$LLMKIT_VERIFY"' if server.verify else "--insecure"

@@ -1,0 +1,49 @@
+"""What is given on the command line as ``key=value``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+KEY = "api_key"
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Read ``key=value``; a value that is no JSON is taken as a text.
+
+    Examples
+    --------
+    >>> assignment("temperature=0.5"), assignment("stop=[1, 2]"), assignment("base_url=http://a/v1")
+    (('temperature', 0.5), ('stop', [1, 2]), ('base_url', 'http://a/v1'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    try:
+        return key, json.loads(value, parse_constant=_refuse)
+    except ValueError:
+        return key, value
+
+
+def assignment_without_key(text: str) -> tuple[str, Any]:
+    """Read ``key=value``, but take no API key from where other users and the shell's history see it."""
+    name, value = assignment(text)
+    for given in (value if name == KEY else None, value.get(KEY) if isinstance(value, dict) else None):
+        if given is not None and not str(given).startswith("env:"):
+            raise argparse.ArgumentTypeError(
+                "other users see a key on the command line: --ask-key asks for it, --key-from-env NAME names a "
+                "variable of the server"
+            )
+    return name, value
+
+
+def truth(text: str) -> bool:
+    """Read ``true`` or ``false``."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")

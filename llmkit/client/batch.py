@@ -1,0 +1,336 @@
+"""A prompt over every row of a table: `Client.map` and `Client.compare`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from llmkit.client.batch_asking import Asking, Plan
+from llmkit.client.batch_checkpoint import Checkpoint, Row, as_json
+from llmkit.client.batch_schema import AnswerSchema
+from llmkit.client.batch_server import BatchServer
+from llmkit.client.batch_template import Rows, Template
+from llmkit.errors import DoesNotFit, LLMKitError, ModelNotLoaded
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from llmkit.client.client import Client
+
+PATIENCE_SECONDS: Final = 3600.0
+COLUMNS: Final = {
+    "response": "string",
+    "error": "string",
+    "finish_reason": "string",
+    "prompt_tokens": "Int64",
+    "completion_tokens": "Int64",
+    "seconds": "Float64",
+}
+"""The columns of every result and their types."""
+_OURS: Final = ("stream", "messages", "request_id", "n", "prompt", "model_id")
+_LOOK_SECONDS: Final = 0.2
+
+
+def map_rows(client: Client, data: Any, template: str, **arguments: Any) -> pd.DataFrame:
+    """Do what `Client.map` says; it documents the arguments."""
+    return _map(client, data, template, **arguments)[1]
+
+
+def compare_models(client: Client, models: Sequence[str], data: Any, template: str, **arguments: Any) -> pd.DataFrame:
+    """Do what `Client.compare` says."""
+    if isinstance(models, str) or not models:
+        raise DoesNotFit("`models` is a list of model ids.", hint='client.compare(["one", "two"], df, "...").')
+    frames = []
+    for model in models:
+        batch, answers = _map(client, data, template, model=model, **arguments)
+        columns: dict[str, Any] = {"row": list(answers.index), "model_id": [model] * len(answers)}
+        columns |= {name: answers[name].array for name in batch.added}
+        columns["answered_by"] = batch.answered_by
+        columns["configuration_hash"] = [batch.configuration.hash] * len(answers)
+        frames.append(_pandas().DataFrame(columns))
+    return _pandas().concat(frames, ignore_index=True)
+
+
+def _map(
+    client: Client,
+    data: Any,
+    template: str,
+    *,
+    model: str,
+    system: str | None = None,
+    schema: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    concurrency: int = 8,
+    retries: int = 3,
+    retry_errors: bool = False,
+    missing: Literal["error", "skip"] = "error",
+    on_engine_lost: Literal["wait", "fail"] = "wait",
+    patience: float = PATIENCE_SECONDS,
+    progress: bool = True,
+    priority: Literal["batch", "interactive"] = "batch",
+    reconnect: Callable[[], Client] | None = None,
+    **inference_kwargs: Any,
+) -> tuple[Batch, pd.DataFrame]:
+    for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0), ("patience", patience, 0)):
+        if value < least:
+            raise DoesNotFit(f"`{name}` is {value}; it is at least {least}.", param=name)
+    if on_engine_lost not in ("wait", "fail") or priority not in ("batch", "interactive"):
+        raise DoesNotFit('`on_engine_lost` is "wait" or "fail", `priority` "batch" or "interactive".')
+    batch = Batch(client, data, template, model, system, schema, inference_kwargs, missing=missing)
+    if not batch.places:
+        return batch, batch.result({})
+    with Checkpoint(Path(checkpoint) if checkpoint is not None else batch.default_checkpoint()) as opened:
+        known = opened.read(batch.places)
+        if retry_errors:
+            known = {identity: row for identity, row in known.items() if row.error is None}
+        left = [identity for identity in batch.places if identity not in known]
+        if left:
+            plan = Plan(
+                batch.prompts(left),
+                model,
+                batch.inference_kwargs,
+                min(concurrency, len(left)),
+                retries,
+                priority,
+                on_engine_lost,
+                patience,
+                batch.check,
+            )
+            server = BatchServer(client, batch.configuration, batch.look(), reconnect or _discover)
+            _follow(Asking(plan, server, opened, known), batch, progress=progress)
+        return batch, batch.result(known)
+
+
+class Batch:
+    """A table, a template and a model: what is to be asked, and the table that comes of the answers.
+
+    Attributes
+    ----------
+    places
+        For each prompt that is different, by its identity, the positions of its rows.
+    answered_by
+        Which model has answered each row of the result.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        data: Any,
+        template: str,
+        model: str,
+        system: str | None,
+        schema: Any,
+        inference_kwargs: Mapping[str, Any],
+        *,
+        missing: str,
+    ) -> None:
+        if missing not in ("error", "skip"):
+            raise DoesNotFit('`missing` is "error" or "skip".', param="missing")
+        if wrong := next((name for name in _OURS if name in inference_kwargs), None):
+            raise DoesNotFit(f"`{wrong}` cannot be given here: each row is one prompt.", param=wrong)
+        self._client, self._pandas = client, _pandas()
+        self.table = _table(data, self._pandas)
+        self._template = Template(template, list(self.table.columns))
+        self._schema = None if schema is None else AnswerSchema(schema)
+        self.added = {**COLUMNS, **(self._schema.columns if self._schema else {})}
+        self._check_names()
+        self.inference_kwargs = dict(inference_kwargs)
+        if system is not None:
+            self.inference_kwargs["system"] = system
+        if self._schema is not None:
+            if "response_format" in inference_kwargs:
+                raise DoesNotFit("Give `schema` or `response_format`, not both.", param="schema")
+            self.inference_kwargs["response_format"] = self._schema.response_format
+        self._rows = Rows(self.table, self._template, missing=missing, pandas=self._pandas)
+        self._model = model
+        self.answered_by: list[str | None] = []
+        self.configuration = client.configuration(client.model(model).config_id)
+        what = [template, model, self.configuration.hash, self.inference_kwargs]
+        self._what = as_json(what).encode()
+        self.places: dict[str, list[int]] = {}
+        for position, prompt in self._rows:
+            self.places.setdefault(self._identity(prompt), []).append(position)
+
+    def _identity(self, prompt: str) -> str:
+        # The length keeps what belongs to the prompt apart from the rest.
+        return hashlib.sha256(b"%d:%b%b" % (len(self._what), self._what, prompt.encode())).hexdigest()
+
+    def _check_names(self) -> None:
+        there = [str(name) for name in self.table.columns]
+        taken = [name for name in self.added if name in there]
+        twice = [name for name in self._schema.columns if name in COLUMNS] if self._schema else []
+        if twice:
+            raise DoesNotFit(f"The schema has a property `{twice[0]}`, and so has every result; call it otherwise.")
+        if taken:
+            raise DoesNotFit(
+                f"The table has a column `{taken[0]}` already, which the result would have twice.",
+                hint=f"df.rename(columns={{{taken[0]!r}: 'previous_{taken[0]}'}}), or drop it.",
+            )
+        for name in self._template.columns.values():
+            if list(self.table.columns).count(name) > 1:
+                raise DoesNotFit(f"The table has more than one column `{name}`.")
+
+    def default_checkpoint(self) -> Path:
+        """Give the file of this template, model and parameters, beside the notebook; the rows may change."""
+        digest = hashlib.sha256(self._what).hexdigest()[:16]
+        return Path(".llmkit") / f"map-{digest}.jsonl"
+
+    def prompts(self, identities: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Give identity and prompt, each made only when it is its turn."""
+        return ((identity, self._rows.prompt(self.places[identity][0])) for identity in identities)
+
+    def check(self, text: str, finish_reason: str | None) -> str | None:
+        """Say what is wrong with an answer, or None."""
+        wrong = self._schema.check(text, finish_reason) if self._schema else None
+        return f"The answer {wrong}" if wrong else None
+
+    def look(self) -> str:
+        """Give the epoch of the server, if the model is there or about to be.
+
+        Raises
+        ------
+        ModelNotLoaded
+            If it has to be loaded first.
+        """
+        status = self._client.model(self._model).status
+        if status not in ("loaded", "loading") and not self.configuration.auto_load:
+            raise ModelNotLoaded(
+                f"`{self._model}` is {'not loaded' if status == 'unloaded' else status}.",
+                hint=f"client.load({self._model!r}) loads it.",
+                param="model",
+            )
+        return self._client.health().epoch
+
+    def count(self, rows: Iterable[Row]) -> tuple[int, int]:
+        """Give of how many rows of the table these are the answers, and how many of them failed."""
+        finished = failed = 0
+        for row in rows:
+            places = len(self.places[row.id])
+            finished += places
+            failed += places if row.error is not None else 0
+        return finished, failed
+
+    @property
+    def skipped(self) -> int:
+        """How many rows are not asked."""
+        return len(self.table) - sum(map(len, self.places.values()))
+
+    def result(self, rows: Mapping[str, Row]) -> pd.DataFrame:
+        """Give the table with the answers."""
+        at: list[Row | None] = [None] * len(self.table)
+        for identity, positions in self.places.items():
+            for position in positions:
+                at[position] = rows.get(identity)
+        index, new = self.table.index, {}
+        self.answered_by = [None if row is None else row.model_id for row in at]
+        for name, dtype in COLUMNS.items():
+            cells = [None if row is None else getattr(row, name) for row in at]
+            if name == "error":
+                for position, reason in self._rows.skipped.items():
+                    cells[position] = reason
+            new[name] = self._pandas.Series(cells, index=index, dtype=dtype)
+        if self._schema is not None:
+            texts = [row.response if row is not None and row.error is None else None for row in at]
+            new |= self._schema.read(texts, index, self._pandas)
+        # By position: an index may have the same label twice.
+        plain = {name: column.array for name, column in new.items()}
+        return self._pandas.concat([self.table, self._pandas.DataFrame(plain, index=index)], axis=1)
+
+
+def _follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
+    """Ask, show how far it is, and leave nothing running.
+
+    Raises
+    ------
+    KeyboardInterrupt, LLMKitError
+        With words about how to go on.
+    """
+    try:
+        with _Bar(batch, asking, visible=progress) as bar:
+            asking.start()
+            while not asking.wait(_LOOK_SECONDS):
+                bar.show()
+    except KeyboardInterrupt:
+        asking.stop()
+        raise KeyboardInterrupt(f"Stopped. {_how_to_go_on(asking, batch)}") from None
+    except BaseException:
+        asking.stop()
+        raise
+    if isinstance(asking.error, LLMKitError):
+        asking.error.add_note(_how_to_go_on(asking, batch))
+    if asking.error is not None:
+        raise asking.error
+
+
+def _how_to_go_on(asking: Asking, batch: Batch) -> str:
+    finished = batch.count(asking.done.values())[0] + batch.skipped
+    return (
+        f"{finished} of {len(batch.table)} rows are finished and kept in {asking.checkpoint.path}; "
+        "the same call again goes on from there."
+    )
+
+
+class _Bar:
+    """A progress bar over the rows of a table, or nothing."""
+
+    def __init__(self, batch: Batch, asking: Asking, *, visible: bool) -> None:
+        self._batch, self._asking, self._visible = batch, asking, visible
+        self._failed = 0
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        if self._visible:
+            from tqdm.auto import tqdm  # slow to import
+
+            finished, self._failed = self._batch.count(self._asking.done.values())
+            self._bar = tqdm(
+                total=len(self._batch.table),
+                initial=finished + self._batch.skipped,  # so that the rate is that of this call
+                desc=self._asking.plan.model_id,
+                unit="row",
+                dynamic_ncols=True,
+            )
+        return self
+
+    def show(self) -> None:
+        """Show how far it is."""
+        if self._bar is None:
+            return
+        finished, failed = self._batch.count(self._asking.take_news())
+        self._failed += failed
+        told = [f"{self._failed} failed"] if self._failed else []
+        self._bar.set_postfix_str(", ".join([*told, *filter(None, [self._asking.note])]), refresh=False)
+        if not self._bar.update(finished):
+            self._bar.refresh()  # the time goes on, and what it waits for
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self.show()
+            self._bar.close()
+
+
+def _discover() -> Client:
+    from llmkit.client.discovery import connect
+
+    return connect()
+
+
+def _pandas() -> Any:
+    try:
+        import pandas as pd
+    except ImportError:
+        raise LLMKitError("A table needs pandas, which is not installed.", hint="%pip install pandas") from None
+    return pd
+
+
+def _table(data: Any, pandas: Any) -> pd.DataFrame:
+    if isinstance(data, pandas.DataFrame):
+        return data
+    if isinstance(data, pandas.Series):
+        return data.to_frame(name=data.name if isinstance(data.name, str) else "text")
+    if isinstance(data, Sequence) and not isinstance(data, str) and all(isinstance(one, Mapping) for one in data):
+        return pandas.DataFrame([dict(one) for one in data])
+    raise DoesNotFit("The data is no table.", hint="A DataFrame, a Series, or a list of dicts.", param="data")

@@ -1,0 +1,48 @@
+"""The part of the client that keeps conversations on the server."""
+
+from __future__ import annotations
+
+from llmkit.client.connection import Connection, path_to
+from llmkit.schemas import Conversation, ConversationList, ConversationRequest
+
+
+class Conversations:
+    """Conversations of the user, as the server keeps them."""
+
+    connection: Connection
+
+    def conversations(self) -> ConversationList:
+        """Give what the server knows of the conversations that it keeps, what was changed last first."""
+        return ConversationList.model_validate(self.connection.call("GET", "llm/conversations/"))
+
+    def conversation(self, conversation_id: str) -> Conversation:
+        """Give one conversation, or raise `ConversationNotFound`."""
+        told = self.connection.call("GET", path_to("llm/conversations", conversation_id))
+        return Conversation.model_validate({k: v for k, v in told.items() if k in Conversation.model_fields})
+
+    def save_conversation(self, conversation_id: str, body: ConversationRequest) -> int:
+        """Have a conversation kept as it is now, and give its new revision.
+
+        Parameters
+        ----------
+        conversation_id
+            Your name for it: letters, digits and ``. _ -``, at most 64. A new one makes a new conversation.
+        body
+            The whole conversation; with a ``revision`` only if that is the one that is kept, 0 for none.
+
+        Raises
+        ------
+        ConversationChanged
+            If another revision is kept, or none; that stays as it is.
+        ConversationsNotKept
+            If the server keeps no conversations.
+        TooLarge
+            If it has more than 4 MiB.
+        """
+        path = path_to("llm/conversations", conversation_id)
+        sent = body.model_dump(mode="json", exclude_defaults=True)
+        return int(self.connection.call("PUT", path, json=sent)["revision"])
+
+    def delete_conversation(self, conversation_id: str) -> None:
+        """Have a conversation forgotten, or raise `ConversationNotFound`."""
+        self.connection.call("DELETE", path_to("llm/conversations", conversation_id))

@@ -1,0 +1,174 @@
+"""Keys are found wherever a notebook can have them, and are never printed."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkit.cli import main
+from llmkit.cli.keys_in_notebooks import check_notebook, secrets_of
+
+LETTERS = string.ascii_letters + string.digits
+TAIL = "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1eF3hJ5kL7nP9"  # of no key that there is
+KEYS = {
+    "OpenAI key": [f"sk-{TAIL}", f"sk-proj-{TAIL[:20]}_{TAIL[20:]}-x", "sk-or-v1-" + "0123456789abcdef" * 4],
+    "Anthropic key": [f"sk-ant-api03-{TAIL}"],
+    "Hugging Face token": [f"hf_{TAIL[:34]}", "hf_AbcDefGhiJklMnoPqrStuVwxYzAbcDefGh"],
+    "Google key": [f"AIza{TAIL[:35]}"],
+    "GitHub token": [f"ghp_{TAIL[:36]}"],
+    "Groq key": [f"gsk_{TAIL}"],
+    "xAI key": [f"xai-{TAIL}"],
+}
+ALL = [(kind, key) for kind, keys in KEYS.items() for key in keys]
+
+
+def notebook(*cells: dict[str, Any], **metadata: Any) -> dict[str, Any]:
+    return {"cells": list(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def code(source: Any = "", outputs: Any = (), **metadata: Any) -> dict[str, Any]:
+    parts = {"metadata": metadata, "source": source, "outputs": list(outputs)}
+    return {"cell_type": "code", "execution_count": 1, **parts}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "a.ipynb"
+
+
+def found(file: Path, content: Any, **secrets: str) -> list[tuple[int | None, str, int, str]]:
+    file.write_text(json.dumps(content))
+    values = {value: name for name, value in secrets.items()}
+    return [(one.cell, one.place, one.line, one.kind) for one in check_notebook(file, values)]
+
+
+@pytest.mark.parametrize(("kind", "key"), ALL)
+def test_every_well_known_key_is_found_by_its_name_and_is_not_shown(
+    file: Path, capsys: pytest.CaptureFixture[str], kind: str, key: str
+) -> None:
+    file.write_text(json.dumps(notebook(code(f"import os\nkey = '{key}'"))))
+    assert main(["check", str(file)]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{file}: cell 1, source, line 2: {kind} ")
+    assert f"*** ({len(key)} characters)" in said.out
+    assert main(["check", str(file), "--json"]) == 1
+    told = capsys.readouterr()
+    (finding,) = json.loads(told.out)["findings"]
+    assert (finding["cell"], finding["line"], finding["kind"]) == (1, 2, kind)
+    for text in (said.out, said.err, told.out, told.err):
+        assert key[-8:] not in text
+        assert key[8:16] not in text
+
+
+KEY = f"sk-{TAIL}"
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (notebook(code(["a = 1\n", f"key = '{KEY}'\n"])), (1, "source", 2)),
+        (notebook(code(), {"cell_type": "markdown", "metadata": {}, "source": KEY}), (2, "source", 1)),
+        (notebook(code(outputs=[{"output_type": "stream", "text": ["ok\n", KEY]}])), (1, "output 1", 2)),
+        (notebook(code(outputs=[{}, {"data": {"text/plain": f"'{KEY}'"}}])), (1, "output 2", 1)),
+        (notebook(code(outputs=[{"traceback": [f"\x1b[0;32m'\x1b[38;5;21m{KEY}'"]}])), (1, "output 1", 1)),
+        (notebook(code(outputs=[{"data": {"application/json": {"a": [{KEY: 1}]}}}])), (1, "output 1", 1)),
+        (notebook(code(outputs=[{"data": {"text/plain": f"'a\\n{KEY}'"}}])), (1, "output 1", 1)),
+        (notebook(code(papermill={"parameters": {"key": KEY}})), (1, "metadata", 1)),
+        (notebook({"cell_type": "raw", "source": "", "attachments": {"a": {"b": KEY}}}), (1, "attachments", 1)),
+        (notebook(widgets={"application/x": {"state": {"1": {"state": {"value": KEY}}}}}), (None, "widget state", 1)),
+        (notebook(papermill={"environment": {"k": KEY}}), (None, "metadata", 1)),
+        ({**notebook(), "extra": KEY}, (None, "notebook", 1)),
+        ({"worksheets": [{"cells": [{"input": KEY}]}], "metadata": {}}, (1, "source", 1)),
+    ],
+)
+def test_it_is_found_wherever_it_is(file: Path, content: Any, place: tuple[int | None, str, int]) -> None:
+    assert found(file, content) == [(*place, "OpenAI key")]
+
+
+def test_a_bearer_token_is_found_whoever_it_is_for(file: Path) -> None:
+    header = f'curl -H "Authorization: Bearer {TAIL}"'
+    assert found(file, notebook(code(header))) == [(1, "source", 1, "Bearer token")]
+    assert found(file, notebook(code(f"Bearer {KEY}"))) == [(1, "source", 1, "OpenAI key")]
+
+
+def test_the_values_of_variables_are_found_as_what_they_are(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPANY_API_KEY", "no-known-beginning")
+    monkeypatch.setenv("SHORT_TOKEN", "print")
+    file.write_text(json.dumps(notebook(code("print('no-known-beginning')"))))
+    assert main(["check", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "value of COMPANY_API_KEY *** (18 characters)" in out
+    assert "no-known" not in out
+    assert secrets_of({"A_API_KEY": KEY, "B_TOKEN": KEY, "C_TOKEN": "short", "HOME": "/home/somebody"}) == {
+        KEY: "B_TOKEN"
+    }
+    assert found(file, notebook(code(KEY)), A_API_KEY=KEY) == [(1, "source", 1, "value of A_API_KEY")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'api_key="sk-..."',
+        "sk-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+        "sk-1111111111111111111111111111",
+        "<div class='sk-toggleable__label-arrow sk-container-id-1 sk-text-repr-fallback sk-estimator-doc-link'>",
+        "client.set_key('gpt'); 'env:OPENAI_API_KEY'",
+        "hf_hub_download(repo_id='a/b')",
+        "Authorization: Bearer $LLMKIT_TOKEN",
+        "Bearer token authentication is used",
+        f"task-{TAIL}",
+        f"risk-{TAIL}",
+    ],
+)
+def test_what_is_no_key_is_let_pass(file: Path, text: str) -> None:
+    assert found(file, notebook(code(text, [{"data": {"text/html": text}}]))) == []
+
+
+def test_images_are_no_keys(file: Path) -> None:
+    dice = random.Random(1)
+    image = "".join(dice.choices(LETTERS + "+/", k=2_000_000))
+    image = image[:1000] + "AIza" + image[1004:]
+    assert found(file, notebook(code(outputs=[{"data": {"image/png": image}}]))) == []
+
+
+def test_a_folder_and_several_files_are_gone_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    for name, source in (("clean", "1"), ("deep/one", KEY), ("deep/two", f"hf_{TAIL}")):
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(notebook(code(source))))
+    assert main(["check", "--json", str(tmp_path / "clean.ipynb")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"findings": [], "unreadable": [], "checked": 1}
+    assert main(["check", "--json", str(tmp_path)]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (len(told["findings"]), told["checked"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "data", [None, b"", b"\xff\xfe", b"[]", b'{"a": 1}', b"[" * 100_000, b'{"cells": [', b"\x00\x01"]
+)
+def test_a_file_that_cannot_be_read_is_status_2(
+    tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str], data: bytes | None
+) -> None:
+    if data is not None:
+        file.write_bytes(data)
+    assert main(["check", str(file)]) == 2
+    assert f"{file} cannot be read" in capsys.readouterr().err
+    bad = tmp_path / "bad.ipynb"
+    bad.write_text(json.dumps(notebook(code(KEY))))
+    assert main(["check", str(file), str(bad), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (len(told["findings"]), len(told["unreadable"])) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "content", [{"cells": None}, {"cells": [1, "a", None], "metadata": []}, {"cells": [{"outputs": 3}]}]
+)
+def test_a_notebook_of_another_shape_is_gone_through_all_the_same(file: Path, content: Any) -> None:
+    assert found(file, content) == []
+    assert found(file, {**content, "x": {"y": KEY}}) == [(None, "notebook", 1, "OpenAI key")]
