@@ -18,7 +18,6 @@ from llmkit._version import __version__
 from llmkit.schemas import Wire
 
 KEY = "api_key"
-_FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 _COLUMNS = ("model_id", "status", "model_type", "model_name", "memory", "error")
 
 
@@ -41,6 +40,14 @@ class Asked:
     configuration: Configuration | None = None
 
 
+class Provenance(dict[str, Any]):
+    """Where an answer comes from; shows as a table of what is known."""
+
+    def _repr_html_(self) -> str:
+        rows = "".join(_row(name, value) for name, value in self.items() if value is not None)
+        return f"<table>{rows}</table>"
+
+
 class Answer(schemas.InferenceAnswer):
     """The answer to a prompt; ``str(answer)`` is its text, and `provenance` says where it comes from.
 
@@ -61,7 +68,7 @@ class Answer(schemas.InferenceAnswer):
         return self
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Provenance:
         """Where the answer comes from, as JSON; what cannot be known is None.
 
         ``model_id`` (that answered), ``model_name``, ``configuration_hash`` (see `Configuration.hash`; the
@@ -76,7 +83,7 @@ class Answer(schemas.InferenceAnswer):
         seed = (parameters or {}).get("seed")
         if seed is None and configuration is not None:
             seed = configuration.seed
-        return {
+        told = {
             "model_id": self.model_id,
             "model_name": configuration.model_name if configuration else None,
             "configuration_hash": configuration.hash if configuration else None,
@@ -91,6 +98,7 @@ class Answer(schemas.InferenceAnswer):
             "request_id": self.request_id,
             "time": asked.time.isoformat(timespec="milliseconds") if asked else None,
         }
+        return Provenance(told)
 
     def __str__(self) -> str:
         return self.response
@@ -99,15 +107,8 @@ class Answer(schemas.InferenceAnswer):
         return f"Answer({self.response!r})"
 
     def _repr_markdown_(self) -> str:
-        # An answer that was cut within a block of code would take what follows into the block.
-        fence = "\n```" if len(_FENCE.findall(self.response)) % 2 else ""
-        parts = [self.model_id]
-        if self.usage and self.usage.completion_tokens is not None:
-            parts.append(f"{self.usage.completion_tokens} tokens")
-        parts.append(f"{self.timings.total:.2f} s")
-        rows = "".join(_row(name, value) for name, value in self.provenance.items() if value is not None)
-        summary = f"<summary><small>{escape(' · '.join(parts))}</small></summary>"
-        return f"{self.response}{fence}\n\n<details>{summary}<table>{rows}</table></details>"
+        # The text alone: the same answer gives the same output, however often a notebook is run and compared.
+        return self.response
 
 
 class Configuration(schemas.Configuration):

@@ -134,20 +134,14 @@ def test_the_hash_is_of_what_decides_the_answers_and_of_no_key() -> None:
 TIMINGS = Timings(queue=0.0, load=0.0, first_token=None, total=0.25, tokens_per_second=None)
 
 
-def test_an_answer_shows_its_text_and_folds_the_rest_away() -> None:
+def test_an_answer_shows_its_text_alone_and_its_provenance_as_a_table() -> None:
     answer = Answer(response="**Paris**", model_id="ask", request_id="<b>", timings=TIMINGS)
-    shown = answer._repr_markdown_()
-    text, _, rest = shown.partition("\n\n<details>")
-    assert text == "**Paris**"
-    assert "ask · 0.25 s" in rest
-    assert "&lt;b&gt;" in rest
-    assert "<b>" not in rest
-    assert "\n\n" not in rest  # it would end the HTML
-
-
-def test_an_answer_that_was_cut_in_its_code_keeps_the_rest_out_of_it() -> None:
-    answer = Answer(response="```python\nprint(1)", model_id="ask", request_id="r", timings=TIMINGS)
-    assert answer._repr_markdown_().startswith("```python\nprint(1)\n```\n\n<details>")
+    assert answer._repr_markdown_() == "**Paris**"
+    shown = answer.provenance._repr_html_()
+    assert "request_id" in shown
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+    assert "model_name" not in shown  # not known
 
 
 def test_a_configuration_is_a_table_without_its_key(client: Client, upstream: MockUpstream) -> None:
