@@ -37,6 +37,25 @@ class MockUpstream:
         assert self._started.wait(10)
         return self
 
+    def never_end(self, word: str, pause: float) -> None:
+        """Let every stream say one word again and again, with a pause of so many seconds, until its reader leaves."""
+
+        async def respond(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+            if not body.get("stream"):
+                return None
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            self.open_streams += 1
+            try:
+                while True:
+                    await response.write(event({"choices": [{"delta": {"content": word}}]}))
+                    await asyncio.sleep(pause)
+            finally:
+                self.open_streams -= 1
+                self.aborted += 1
+
+        self.respond = respond
+
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import subprocess
@@ -10,28 +9,13 @@ import sys
 from typing import Any
 
 from aiohttp import web
-from mock_upstream import ANSWER, MockUpstream, chat_answer, event
+from mock_upstream import ANSWER, MockUpstream, chat_answer
 from support import JupyterServer, wait_until
 
 
 def endless(upstream: MockUpstream) -> None:
     """Have every answer of a stream begin and never end."""
-
-    async def respond(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        if not body.get("stream"):
-            return None
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        upstream.open_streams += 1
-        try:
-            while True:
-                await response.write(event({"choices": [{"delta": {"content": "word "}}]}))
-                await asyncio.sleep(0.02)
-        finally:
-            upstream.open_streams -= 1
-            upstream.aborted += 1
-
-    upstream.respond = respond
+    upstream.never_end("word ", 0.02)
 
 
 def test_an_answer_is_printed_and_nothing_else(run: Any, loaded: str) -> None:

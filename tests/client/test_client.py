@@ -328,21 +328,7 @@ def test_a_stream_gives_its_pieces_and_then_the_answer(loaded: str, client: Clie
 @pytest.fixture
 def endless(upstream: MockUpstream) -> MockUpstream:
     """Let the upstream never finish its streams."""
-
-    async def stream(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        if not body.get("stream"):
-            return None
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        upstream.open_streams += 1
-        try:
-            while True:
-                await response.write(b'data: {"choices": [{"delta": {"content": "la "}}]}\n\n')
-                await asyncio.sleep(0.02)
-        finally:
-            upstream.open_streams -= 1
-
-    upstream.respond = stream
+    upstream.never_end("la ", 0.02)
     return upstream
 
 

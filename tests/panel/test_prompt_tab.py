@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,20 +105,7 @@ def test_an_empty_prompt_is_not_sent(asking: Any) -> None:
 
 @pytest.fixture
 def endless(upstream: MockUpstream) -> MockUpstream:
-    async def stream(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        if not body.get("stream"):
-            return None
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        upstream.open_streams += 1
-        try:
-            while True:
-                await response.write(b'data: {"choices": [{"delta": {"content": "la "}}]}\n\n')
-                await asyncio.sleep(0.01)
-        finally:
-            upstream.open_streams -= 1
-
-    upstream.respond = stream
+    upstream.never_end("la ", 0.01)
     return upstream
 
 
