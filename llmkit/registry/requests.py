@@ -180,7 +180,7 @@ class Requests:
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
-            if api == "tokenize" and http.endpoint.root_url is None:
+            if api == "tokenize" and "tokenize" not in http.endpoint.extras:
                 raise no_engine_here(model)
             for adds_options in _tries(http):
                 call = openai_api.to_call(
