@@ -29,8 +29,8 @@ demo: $(READY)  ## the quickstart's work without a browser: question, answer, se
 test: $(READY)  ## every test, in tiers; installs Debian's Chromium where it is allowed
 	@$(BIN)/python tests/tiers.py $(ARGS)
 
-test-fast: $(READY)  ## the tests that need neither vLLM nor a browser
-	$(BIN)/python -m pytest -m "not vllm and not browser" $(ARGS)
+test-fast: $(READY)  ## the tests that need neither vLLM nor Ray nor a browser
+	$(BIN)/python -m pytest -m "not vllm and not ray and not browser" $(ARGS)
 
 bench: $(READY)  ## the benchmarks, in about 20 minutes: table and plot in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)

@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, Final, Self
 
+import httpx
 from support import own_environment, wait_until
 
 from llmkit.process import guardian
@@ -108,13 +107,14 @@ class RayCluster:
 
     def names(self) -> set[str]:
         """Give the names of the applications."""
-        with urllib.request.urlopen(f"{self._told['http']}/-/routes", timeout=10) as answer:
-            return {str(name) for name in json.load(answer).values()}
+        return set(self._get("-/routes").json().values())
 
     def stranger_answers(self) -> bool:
         """Say whether somebody else's application is as it was."""
-        with urllib.request.urlopen(f"{self._told['http']}/{STRANGER}", timeout=10) as answer:
-            return bool(answer.read() == b"still here")
+        return self._get(STRANGER).text == "still here"
+
+    def _get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self._told['http']}/{path}", timeout=30, trust_env=False).raise_for_status()
 
     def engines(self) -> list[int]:
         """Give the processes of models: replicas of Ray Serve LLM, and what vLLM has started below them."""

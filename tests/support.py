@@ -52,6 +52,10 @@ def missing(marker: str) -> str | None:
             return "vLLM runs on Linux only"
         if importlib.util.find_spec("vllm") is None:
             return "vLLM is not installed: python -m llmkit.engines.vllm.install"
+    if marker == "ray" and (reason := missing("vllm")):
+        return reason
+    if marker == "ray" and importlib.util.find_spec("ray") is None:
+        return "Ray is not installed: pip install 'llmkit[ray]'"
     if marker == "browser" and chromium() is None:
         return "Chromium is not installed: apt-get install chromium"
     return None

@@ -18,8 +18,9 @@ from xml.etree import ElementTree as ET
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIERS = {
-    "fast": "not vllm and not browser",
+    "fast": "not vllm and not ray and not browser",
     "vllm": "vllm and not browser",
+    "ray": "ray",
     "browser": "browser",
 }
 NO_TESTS = 5  # pytest's exit status when it selected none

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -220,13 +220,14 @@ class RayEngine:
             base_url=f"{self._url}/v1",
             model=self._configuration.model_id,
             root_url=self._url,
-            extras=frozenset({"tokenize"}),
             timeout=CONNECT_TIMEOUT_SECONDS,
             max_retries=RETRIES,
         )
         http = EngineHTTP(self._endpoint)
         try:
             capabilities = await self._ask_capabilities(http)
+            if await self._tokenizes(http):
+                self._endpoint = replace(self._endpoint, extras=frozenset({"tokenize"}))
         finally:
             await http.close()
         report(LoadProgress("ready", 1.0))
@@ -323,22 +324,31 @@ class RayEngine:
         )
 
     async def _ask_capabilities(self, http: EngineHTTP) -> Capabilities:
-        chosen = self._arguments.api
-        api: API = "chat"
-        length = self._arguments.max_model_len
-        messages = [{"role": "user", "content": "Hello"}]
-        try:
-            told = await http.json("POST", "//tokenize", {"model": self._endpoint.model, "messages": messages})
-            length = told.get("max_model_len")
-        except EngineGone:
-            raise
-        except LLMKitError:
-            api = "completions"
+        chosen, length = self._arguments.api, self._arguments.max_model_len
         return Capabilities(
-            api=api if chosen in (None, "auto") else chosen,
+            api=chosen if chosen is not None and chosen != "auto" else await self._ask_api(http),
             tools=bool(self._arguments.enable_auto_tool_choice),
             max_model_len=length if isinstance(length, int) else None,
         )
+
+    async def _ask_api(self, http: EngineHTTP) -> API:
+        """Give chat if the application can apply a chat template: a token of an answer is asked for."""
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        try:
+            await http.json("POST", "/chat/completions", {"model": self._endpoint.model, **body})
+        except EngineGone:
+            raise
+        except LLMKitError:
+            return "completions"
+        return "chat"
+
+    async def _tokenizes(self, http: EngineHTTP) -> bool:
+        """Say whether this version of Ray Serve LLM gives tokens of this version of vLLM."""
+        try:
+            await http.json("POST", "//tokenize", {"model": self._endpoint.model, "prompt": "Hello"})
+        except LLMKitError:
+            return False
+        return True
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -390,7 +400,7 @@ class RayEngine:
         await self._read()
         if not delete:
             return Memory(verified=gone, reason="it goes on running on the Ray cluster")
-        if lost and self._connected:  # the program was killed, so it could not
+        if lost and self._connected and not self._deleted:  # the program was killed, so it could not
             self._deleted = await self._delete_afterwards()
         verified = gone and (self._deleted or not self._connected)
         reason = _ELSEWHERE.reason if verified else "the Ray cluster did not say that the application is gone"

@@ -214,17 +214,17 @@ class Application:
         replicas = [replica for one in models for replica in one["replicas"]]
         told = {
             "status": found["status"],
-            "running": sum(replica["state"] == "RUNNING" for replica in replicas),
+            "running": sum(replica.get("state") == "RUNNING" for replica in replicas),
             "wanted": sum(one["target_num_replicas"] for one in models),
-            "placed": sum(replica["node_id"] is not None for replica in replicas),
+            "placed": sum(replica.get("node_id") is not None for replica in replicas),
             "message": _message(found),
         }
         if told != self._told:
             self._told = told
             tell("state", **told)
         for replica in replicas:
-            actor = replica["actor_id"]
-            if replica["node_id"] is not None and actor not in self._followed:
+            actor = replica.get("actor_id")
+            if actor is not None and replica.get("node_id") is not None and actor not in self._followed:
                 self._followed.add(actor)
                 for kind in ("out", "err"):
                     threading.Thread(target=_follow, args=(replica["replica_id"], actor, kind), daemon=True).start()
@@ -266,7 +266,7 @@ def _print_line(replica: str, line: str) -> None:
 
 
 def _message(found: dict[str, Any]) -> str:
-    words = [found["message"], *(one["message"] for one in found["deployments"].values())]
+    words = [found.get("message"), *(one.get("message") for one in found["deployments"].values())]
     return "\n".join(dict.fromkeys(word for word in words if word))[-4000:]
 
 
