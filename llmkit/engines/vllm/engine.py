@@ -77,6 +77,8 @@ class VLLMEngineType:
         What is run with the arguments of ``vllm``, ``serve`` first.
     environ
         The server's environment.
+    ray_command
+        What is run for a model that is placed on a Ray cluster.
     """
 
     name = "vllm"
@@ -87,8 +89,10 @@ class VLLMEngineType:
         self,
         command: Sequence[str] = LAUNCH_COMMAND,
         environ: Mapping[str, str] = os.environ,
+        ray_command: Sequence[str] = ray.COMMAND,
     ) -> None:
         self._command = tuple(command)
+        self._ray_command = tuple(ray_command)
         self._environ = environ
         self._launcher = Launcher(lambda run_dir: engine_environ(environ, run_dir))
 
@@ -174,7 +178,7 @@ class VLLMEngineType:
             is_demo = configuration.model_name == DEMO_MODEL_NAME
             arguments = VLLMArguments.model_validate({**(DEMO_DEFAULTS if is_demo else {}), **given})
             source = str(demo_model_path()) if is_demo else configuration.model_name
-            return ray.RayEngine(configuration, context, source, arguments, self._environ)
+            return ray.RayEngine(configuration, context, source, arguments, self._environ, self._ray_command)
         return VLLMEngine(configuration, context, given, self._command, self._environ, self._launcher)
 
     # -- what makes a load quicker -------------------------------------------------------------------------
