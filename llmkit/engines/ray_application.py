@@ -32,7 +32,8 @@ DELETE_SECONDS: Final = 4.5
 BLIND_SECONDS: Final = 60.0
 """So long may Ray Serve's controller not answer: Ray starts it again by itself."""
 INGRESS_CPUS: Final = 0.1
-LOG_TRIES: Final = 10
+LOG_TRIES: Final = 120
+"""One each second: the log of a replica can be had only once its process has imported what it needs."""
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104  # what somebody else listens at
 
@@ -240,7 +241,7 @@ class Application:
 def _follow(replica: str, actor: str, kind: str) -> None:
     """Print the log of a replica as it grows; a library of Ray gets it from the cluster's dashboard."""
     why: Exception | None = None
-    for _ in range(LOG_TRIES):  # the file is there a moment after the replica
+    for _ in range(LOG_TRIES):
         try:
             rest = ""
             for part in get_log(actor_id=actor, suffix=kind, follow=True, errors="replace"):

@@ -69,39 +69,6 @@ def ask(server: JupyterServer) -> str:
     return str(answer.json()["response"])
 
 
-def test_a_model_on_the_cluster_is_as_any_other_and_a_kept_one_is_found_again(
-    cluster: RayCluster, serve: Callable[..., JupyterServer]
-) -> None:
-    with serve() as server:
-        config_id = server.configure("demo", model_kwargs=placed(keep=True))
-        seen = load(server, config_id)
-        model = seen[-1]
-        assert model["status"] == "loaded", model
-        phases = list(dict.fromkeys(one["phase"] for one in seen))
-        assert "warming" in phases, phases
-        assert model["capabilities"]["api"] == "chat"
-        assert model["memory"]["reason"] == "runs on the Ray cluster"
-        assert ask(server) == ANSWER
-        body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
-        stream = server.request("POST", "llm/v1/chat/completions", json=body)
-        assert stream.text.rstrip().endswith("data: [DONE]")
-        assert "Loading weights took" in server.request("GET", "llm/models/demo/logs?tail=300").text
-        ours, replicas = cluster.names() - {STRANGER}, cluster.replicas()
-        assert len(ours) == len(replicas) == 1
-        server.stop(signal.SIGKILL)
-        assert server.left_behind() == []
-        time.sleep(3)  # a deletion would have been asked for by now
-        assert cluster.names() - {STRANGER} == ours
-        server.start()
-        began = time.monotonic()
-        assert load(server, config_id)[-1]["status"] == "loaded"
-        print(f"found again in {time.monotonic() - began:.1f} s; the first load took {model['load_seconds']} s")
-        assert cluster.replicas() == replicas
-        assert ask(server) == ANSWER
-        freed = server.request("POST", "llm/unload_model/demo").json()["freed"]
-        assert freed["verified"], freed
-
-
 def test_load_and_unload_again_and_again_and_a_killed_server_leave_nothing(
     cluster: RayCluster, serve: Callable[..., JupyterServer]
 ) -> None:
@@ -192,3 +159,35 @@ def test_a_node_that_is_killed_under_load_costs_no_request_its_end(
         assert all(end == "answered" or end.startswith("error ") for end in clients.ends)
         assert clients.ends.count("answered") > len(clients.ends) / 2
         assert ask(server) == ANSWER
+
+
+def test_a_model_on_the_cluster_is_as_any_other_and_a_kept_one_is_found_again(
+    cluster: RayCluster, serve: Callable[..., JupyterServer]
+) -> None:
+    with serve() as server:
+        config_id = server.configure("demo", model_kwargs=placed(keep=True))
+        seen = load(server, config_id)
+        model = seen[-1]
+        assert model["status"] == "loaded", model
+        assert "warming" in {one["phase"] for one in seen}  # read off the log of the replica
+        assert model["capabilities"]["api"] == "chat"
+        assert model["memory"]["reason"] == "runs on the Ray cluster"
+        assert ask(server) == ANSWER
+        body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+        stream = server.request("POST", "llm/v1/chat/completions", json=body)
+        assert stream.text.rstrip().endswith("data: [DONE]")
+        assert "Loading weights took" in server.request("GET", "llm/models/demo/logs?tail=300").text
+        ours, replicas = cluster.names() - {STRANGER}, cluster.replicas()
+        assert len(ours) == len(replicas) == 1
+        server.stop(signal.SIGKILL)
+        assert server.left_behind() == []
+        time.sleep(3)  # a deletion would have been asked for by now
+        assert cluster.names() - {STRANGER} == ours
+        server.start()
+        began = time.monotonic()
+        assert load(server, config_id)[-1]["status"] == "loaded"
+        print(f"found again in {time.monotonic() - began:.1f} s; the first load took {model['load_seconds']} s")
+        assert cluster.replicas() == replicas
+        assert ask(server) == ANSWER
+        freed = server.request("POST", "llm/unload_model/demo").json()["freed"]
+        assert freed["verified"], freed
