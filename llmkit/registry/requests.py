@@ -320,9 +320,9 @@ class Requests:
 
 
 def no_engine_here(model: Model) -> NotSupported:
-    """Make the error of what only an engine of this server can do."""
+    """Make the error of what an endpoint may not offer beside OpenAI's API."""
     return NotSupported(
-        f"`{model.configuration.model_id}` runs elsewhere; this is possible only with an engine of this server.",
+        f"`{model.configuration.model_id}` runs elsewhere, and its endpoint does not offer this.",
         param="model",
     )
 
