@@ -61,6 +61,7 @@ class RayCluster:
             **self.environ,
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "RAY_TMPDIR": str(self.folder),
+            "RAY_raylet_start_wait_time_s": "120",  # a node that starts beside busy replicas takes its time
             "HOME": str(self.folder),
         }
         (self.folder / "run").mkdir()

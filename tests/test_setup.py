@@ -204,7 +204,7 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
 @pytest.fixture
 def small_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let the runner of the tiers run a folder of three small tests."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  browser: b\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  ray: c\n  browser: b\n")
     (tmp_path / "test_small.py").write_text(
         "import pytest\n"
         "def test_quick(): pass\n"
@@ -220,7 +220,7 @@ def small_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_tier_is_timed_and_counted_in_the_last_line(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert tiers.main([]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-4:-1]] == ["fast", "vllm", "browser"]
+    assert [line.split()[0] for line in lines[-5:-1]] == ["fast", "vllm", "ray", "browser"]
     assert lines[-1] == "2 passed, 0 failed, 1 skipped"
 
 

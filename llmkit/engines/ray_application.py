@@ -61,8 +61,9 @@ def deploy(order: dict[str, Any]) -> None:
         "deployment_config": {
             "name": order["deployment"],
             "autoscaling_config": {**replicas, "target_ongoing_requests": order["ongoing"]},
-            # A configuration that does not work does not work the next time either.
-            "max_constructor_retry_count": 1,
+            # A configuration that does not work does not work the next time either; but a replica that is to be brought
+            # back can be unlucky, on a node that is about to go.
+            "max_constructor_retry_count": 3,
             # The relay has ended its requests before it unloads.
             "graceful_shutdown_wait_loop_s": 0.2,
             "graceful_shutdown_timeout_s": 2.0,

@@ -106,7 +106,7 @@ class Clients:
         body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
         headers = {"Authorization": f"token {self._server.token}"}
         with httpx.Client(headers=headers, timeout=200, trust_env=False) as http:
-            while not self._over.wait(0.05):
+            while not self._over.wait(0.3):
                 answer = http.post(f"{self._server.url}llm/v1/chat/completions", json=body)
                 self.ends.append(_end(answer))
 
@@ -152,7 +152,11 @@ def test_a_node_that_is_killed_under_load_costs_no_request_its_end(
             before = len(clients.ends)
             wait_until(lambda: len(clients.ends) > before + 20, "answers with one replica", 120)
             cluster.add_node()
-            wait_until(lambda: model()["reason"] is None, "the replica that comes back", LOAD_SECONDS)
+            try:
+                wait_until(lambda: model()["reason"] is None, "the replica that comes back", LOAD_SECONDS)
+            except AssertionError as error:
+                error.add_note(server.request("GET", "llm/models/demo/logs?tail=100").text)
+                raise
         print(reason, {end: clients.ends.count(end) for end in set(clients.ends)})
         assert "1 of 2 replicas" in reason
         assert model()["status"] == "loaded"
