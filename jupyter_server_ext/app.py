@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from jupyter_core.paths import jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
@@ -32,6 +33,7 @@ MODEL_EVENT = "https://llmkit.org/events/model/v1"
 DEFAULT_PORT = 8105
 RETRY_SECONDS = 2.0
 STOP_SECONDS = 14.0
+OWNER_CHECK_SECONDS = 0.5
 M_MMAP_THRESHOLD = -3
 """Of ``malloc.h``."""
 
@@ -125,6 +127,12 @@ class LLMKitApp(ExtensionApp):
         min=MAX_CONVERSATION_BYTES,
         help="Bytes of all conversations that are kept, together; the oldest go first.",
     ).tag(config=True)
+    owner_pid = Int(
+        0,
+        min=0,
+        help="Number of a process with which this server ends, however that one ends; 0 is none. llmkit.start() sets "
+        "it.",
+    ).tag(config=True)
     configurations = List(
         Dict(),
         help="Configurations that this server always has, as bodies of POST /llm/configure_model/. "
@@ -154,6 +162,7 @@ class LLMKitApp(ExtensionApp):
         self._registry: ModelRegistry | None = None
         self._folder: ServerFolder | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._owner_watch: asyncio.Task[None] | None = None
         self._retry_at = 0.0
         for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
             self._server.event_logger.register_event_schema(schema)
@@ -165,6 +174,8 @@ class LLMKitApp(ExtensionApp):
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         if serverapp.starter_app is self:
             self._print_curl_line()
+        if self.owner_pid:
+            self._owner_watch = asyncio.create_task(self._end_with_owner(), name="llmkit owner")
         try:
             await self.ready()
         except LLMKitError as error:
@@ -241,7 +252,19 @@ class LLMKitApp(ExtensionApp):
             self._stopping = asyncio.create_task(self._stop(), name="llmkit stop")
         await asyncio.wait([self._stopping], timeout=STOP_SECONDS)
 
+    async def _end_with_owner(self) -> None:
+        """Stop the server as soon as its owner has ended; one that was killed can tell nobody."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            owner = psutil.Process(self.owner_pid)
+            # One that has ended and was not waited for yet is still in the list.
+            while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(OWNER_CHECK_SECONDS)
+        self.log.warning("Process %s, which started this server, has ended: the server ends, too.", self.owner_pid)
+        self._server.stop()
+
     async def _stop(self) -> None:
+        if self._owner_watch is not None:
+            self._owner_watch.cancel()
         if self._starting is None:
             return
         await asyncio.wait([self._starting])

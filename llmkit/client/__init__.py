@@ -7,6 +7,7 @@ from llmkit.client.client import Client
 from llmkit.client.discovery import connect
 from llmkit.client.events import Watcher
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType
+from llmkit.client.starting import start
 from llmkit.client.streaming import AnswerStream, Piece
 from llmkit.client.transfer import ImportedList
 
@@ -24,4 +25,5 @@ __all__ = [
     "Piece",
     "Watcher",
     "connect",
+    "start",
 ]

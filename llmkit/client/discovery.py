@@ -1,7 +1,8 @@
 """Find the Jupyter server that a kernel or a script belongs to.
 
 In this order: what `connect` is given; ``LLMKIT_SERVER_URL`` and ``LLMKIT_TOKEN``; the server that started the
-kernel, or the terminal; JupyterHub's variables; any running server of this user that answers ``/llm/health``.
+kernel, or that this process runs under; JupyterHub's variables; any running server of this user that answers
+``/llm/health``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from llmkit.schemas import API_VERSION, Health
 
 PROBE_SECONDS = 3.0
 START_HINT = (
-    "In a terminal, `jupyter lab` or `jupyter llmkit` starts one in the environment where llmkit is installed. "
+    "llmkit.start() starts one that ends with this kernel or script; in a terminal, `jupyter lab` or `jupyter llmkit` "
+    "starts one in the environment where llmkit is installed. "
     "For a server elsewhere: llmkit.connect(url, token=...), or set LLMKIT_SERVER_URL and LLMKIT_TOKEN."
 )
 
@@ -176,10 +178,15 @@ def candidates(url: str | None, environ: Mapping[str, str]) -> Iterator[Candidat
     else:
         yield Candidate("LLMKIT_SERVER_URL", reason="not set")
         folder = runtime_dir()
-        started_by = [_parent(folder, environ), _terminal(folder, environ)]
-        yield from started_by
+        tried: set[str] = set()
+        for find in (_parent, _above):
+            found = find(folder, environ)
+            if found.server is None or found.server.url not in tried:
+                yield found
+            if found.server is not None:
+                tried.add(found.server.url)
         yield _hub(environ)
-        yield from _running(folder, skip={found.server.url for found in started_by if found.server is not None})
+        yield from _running(folder, skip=tried)
 
 
 def _trust(environ: Mapping[str, str]) -> bool | str:
@@ -218,23 +225,24 @@ def _parent(folder: Path, environ: Mapping[str, str]) -> Candidate:
     return Candidate(source, _with_token(server, environ))
 
 
-def _terminal(folder: Path, environ: Mapping[str, str]) -> Candidate:
-    """Find the server of a terminal of JupyterLab.
+def _above(folder: Path, environ: Mapping[str, str]) -> Candidate:
+    """Find the server that this process runs under, as in a terminal of JupyterLab or where nbconvert runs in a cell.
 
-    Jupyter names it in ``JUPYTER_SERVER_URL``, but with the port that it would have liked to have: where that was
-    taken, it is the address of another server. So the server is looked for among the processes above this one, and by
-    the folder that it serves where it is none of them, as within tmux.
+    nbconvert and papermill name themselves in ``JPY_PARENT_PID``. For a terminal Jupyter names the server in
+    ``JUPYTER_SERVER_URL``, but with the port that it would have liked to have: where that was taken, it is the address
+    of another server. So the server is looked for among the processes above this one, and by the folder that it serves
+    where it is none of them, as within tmux.
     """
-    source = "the server that started this terminal"
-    root = environ.get("JUPYTER_SERVER_ROOT")
-    if not root:
-        return Candidate(source, reason="JUPYTER_SERVER_ROOT is not set")
+    source = "the server that this process runs under"
     above: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):  # one has ended meanwhile
         above = psutil.Process().parents()
     files = (read_server_file(folder / f"jpserver-{process.pid}.json") for process in above)
     server = next(filter(None, files), None)
     if server is None:
+        root = environ.get("JUPYTER_SERVER_ROOT")
+        if not root:
+            return Candidate(source, reason="none is above it, and JUPYTER_SERVER_ROOT is not set")
         place = Path(root).absolute()
         serving = [found for found, alive in running_servers(folder) if alive and Path(found.root) == place]
         if len(serving) != 1:
