@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -135,6 +136,8 @@ class JupyterServer:
         Where configurations lie; by default an empty folder of its own.
     port
         Where it listens, also after a restart; by default on any free port, each time another.
+    certificate
+        File of a certificate and its key: the server then speaks ``https``.
     standby
         As the trait of `LLMKitApp`; off, so that tests do not import vLLM beside each other.
 
@@ -158,13 +161,15 @@ class JupyterServer:
         root_dir: Path | None = None,
         state_dir: Path | None = None,
         port: int = 0,
+        certificate: Path | None = None,
         standby: Literal["auto", "on", "off"] = "off",
     ) -> None:
         self.app = app
         self.standby = standby
         self.port = port
         self.base_url = base_url
-        self.args = list(args)
+        self.args = [*args, *([f"--certfile={certificate}", f"--keyfile={certificate}"] if certificate else [])]
+        self._scheme = "https" if certificate else "http"
         self.folder = Path(tempfile.mkdtemp(prefix="llmkit-server-"))
         # The path of a unix socket has at most 107 bytes: not below a long temporary folder.
         self.run_dir = Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp"))
@@ -175,7 +180,10 @@ class JupyterServer:
         self.url = ""
         self.process: subprocess.Popen[bytes] | None = None
         self._http = httpx.Client(
-            headers={"Authorization": f"token {self.token}"}, timeout=REQUEST_SECONDS, trust_env=False
+            headers={"Authorization": f"token {self.token}"},
+            timeout=REQUEST_SECONDS,
+            trust_env=False,
+            verify=ssl.create_default_context(cafile=certificate) if certificate else True,
         )
         self._env = {**self._environment(), **(env or {})}
 
@@ -240,9 +248,9 @@ class JupyterServer:
     def _answers(self) -> bool:
         if self.process is None or self.process.poll() is not None:
             raise AssertionError(f"jupyter {self.app} ended at once")
-        information = self.folder / "runtime" / f"jpserver-{self.process.pid}.json"
+        information = Path(self._env["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{self.process.pid}.json"
         try:
-            self.url = f"http://127.0.0.1:{json.loads(information.read_text())['port']}{self.base_url}"
+            self.url = f"{self._scheme}://127.0.0.1:{json.loads(information.read_text())['port']}{self.base_url}"
             return self._http.get(self.url + "api").is_success
         except (OSError, ValueError, httpx.TransportError):
             return False

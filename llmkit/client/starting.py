@@ -23,6 +23,7 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 """More than what the server gives its engines to end."""
 _PAUSE_SECONDS = 0.05
+_END_SECONDS = 1.0
 _LOG_LINES = 20
 _LOG_BYTES = 16 << 10
 
@@ -170,10 +171,15 @@ class StartedServer:
             details={"log_tail": lines},
         )
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether it is known to have ended; only the process that started it can know."""
-        return os.getpid() == self._owner and self._process.poll() is not None
+    def has_ended(self, patience: float) -> bool:
+        """Say whether it ends within so many seconds; only the process that started it can know."""
+        if os.getpid() != self._owner:
+            return False
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def stop(self) -> None:
         """End it, and with it every engine; does nothing in a fork of the process that started it."""
@@ -198,10 +204,12 @@ class _OwnServer:
     def client(self, timeout: float) -> Client:
         """Give a client of the server that is found, or of one that is started."""
         with self._lock:
-            self._forget_if_ended()
+            self._forget_if_ended(patience=0)
             try:
                 return connect()
             except LLMKitError:
+                # A process that was just killed refuses connections before it is known to have ended.
+                self._forget_if_ended(_END_SECONDS)
                 # Named by the user, or started here and alive: `connect` would not look for another.
                 if os.environ.get("LLMKIT_SERVER_URL"):
                     raise
@@ -214,8 +222,8 @@ class _OwnServer:
             atexit.register(server.stop)
             return client
 
-    def _forget_if_ended(self) -> None:
-        if self._server is None or not self._server.has_ended:
+    def _forget_if_ended(self, patience: float) -> None:
+        if self._server is None or not self._server.has_ended(patience):
             return
         self._server = None
         if os.environ.get("LLMKIT_SERVER_URL") == self._url:
