@@ -26,7 +26,7 @@ lab: $(READY)  ## JupyterLab on port 8105 with the quickstart notebook
 demo: $(READY)  ## the quickstart's work without a browser: question, answer, seconds of each step
 	@$(BIN)/python -m llmkit.demo $(ARGS)
 
-test: $(READY)  ## every test, in tiers; installs Debian's Chromium where it is allowed
+test: $(READY)  ## every test, in tiers; installs Chromium and JupyterHub's proxy where that is allowed
 	@$(BIN)/python tests/tiers.py $(ARGS)
 
 test-fast: $(READY)  ## the tests that need neither vLLM nor a browser

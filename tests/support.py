@@ -23,6 +23,10 @@ import httpx
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PROXY_FOLDER = "npm"
+"""Where in the virtual environment JupyterHub's proxy is installed."""
+MARKERS = ("vllm", "browser", "hub")
+"""What a test is marked with that needs more of a machine than Python."""
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 START_SECONDS = 60.0
@@ -46,6 +50,14 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def proxy_of_jupyterhub() -> str | None:
+    """Give the path of ``configurable-http-proxy``, or None; ``tests/tiers.py`` installs it."""
+    if shutil.which("node") is None:
+        return None
+    own = Path(sys.prefix) / PROXY_FOLDER / "node_modules" / ".bin"
+    return shutil.which("configurable-http-proxy", path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def missing(marker: str) -> str | None:
     """Say what a test with this marker lacks on this machine, or None."""
     if marker == "vllm":
@@ -55,6 +67,11 @@ def missing(marker: str) -> str | None:
             return "vLLM is not installed: python -m llmkit.engines.vllm.install"
     if marker == "browser" and chromium() is None:
         return "Chromium is not installed: apt-get install chromium"
+    if marker == "hub":
+        if importlib.util.find_spec("jupyterhub") is None:
+            return "JupyterHub is not installed: make setup"
+        if proxy_of_jupyterhub() is None:
+            return "JupyterHub's proxy is not installed: npm install --global configurable-http-proxy@4"
     return None
 
 
