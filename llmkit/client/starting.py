@@ -29,7 +29,7 @@ _LOG_BYTES = 16 << 10
 
 
 def start(*, timeout: float = START_SECONDS) -> Client:
-    """Give a client of the server that `connect` finds, and start one first if there is none.
+    """Give a client of the server that `connect` finds; where it finds none that works, start one first.
 
     For a script, or for a notebook whose front end has no Jupyter server with llmkit, as in VS Code or Colab. The
     server is ``jupyter llmkit`` of this Python's environment: it listens on a free port of this machine alone, opens to

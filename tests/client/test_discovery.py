@@ -167,6 +167,7 @@ def test_a_server_on_a_unix_socket_is_found(tmp_path: Path) -> None:
             "print(watcher.state, watcher._socket is not None); watcher.close()"
         )
         assert run_connect(environment, watch) == "http://localhost/ ok\nconnected True"
+        assert run_connect({**environment, "JPY_PARENT_PID": str(running.pid)}) == "http://localhost/ ok"
     finally:
         running.terminate()
         running.wait(30)

@@ -14,6 +14,7 @@ import pytest
 from fake_engine_type import PLUGIN
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
+from kernels import ServerKernel
 from support import JupyterServer, own_environment, processes_using, wait_until
 
 from llmkit.client import start, starting
@@ -213,6 +214,20 @@ def test_the_server_and_its_engine_end_with_the_kernel(
     else:
         manager.shutdown_kernel(now=way == "killed")
     wait_until(lambda: is_gone(int(pid), run_dir), "the end of server and engine", GONE_SECONDS)
+
+
+def test_a_kernel_of_a_jupyter_server_without_llmkit_gets_a_server_of_its_own() -> None:
+    off = "--ServerApp.jpserver_extensions={'jupyter_server_ext': False}"
+    with (
+        JupyterServer("server", args=[off]) as server,  # at its end it looks for what was left
+        ServerKernel(server.url, server.token) as kernel,
+    ):
+        connect = "import llmkit\nprint(llmkit.connect().url, llmkit.connect().health().status)"
+        assert "ExtensionMissing" in kernel.run(connect)
+        kernel.run("llmkit.start()")
+        url, status = kernel.run(connect).split()
+        assert url != server.url
+        assert status == "ok"
 
 
 # -- where it starts none ------------------------------------------------------------------------------------------
