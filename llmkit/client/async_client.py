@@ -13,14 +13,14 @@ import contextlib
 import contextvars
 import ctypes
 import functools
-import inspect
+import re
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
@@ -29,6 +29,9 @@ from llmkit.client.client import Client
 from llmkit.client.results import Answer, Configuration, Model
 from llmkit.client.streaming import AnswerStream, Piece, read_events
 from llmkit.errors import LLMKitError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
 
 THREADS = 64
 """So many calls of one client run at once; more wait for their turn."""
@@ -40,6 +43,10 @@ _ENDING_SECONDS = 10.0
 _PAUSE_SECONDS = 0.05
 _AWAKE_SECONDS = 0.2
 
+_AWAITED_CALL = re.compile(r"(?<![\w.`])client\.(?!openai|async_openai|as_async|stream|follow_logs)\w+\(")
+"""Where an example of `Client` calls what is awaited here."""
+
+P = ParamSpec("P")
 T = TypeVar("T")
 Future = concurrent.futures.Future
 
@@ -103,6 +110,20 @@ class _Threads:
         """Let the threads end when their calls are over."""
         self._working.shutdown(wait=False, cancel_futures=True)
         self._ending.shutdown(wait=False)
+
+
+def _awaited(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """Make a method of `AsyncClient` from one of `Client`: the same, in a thread, with ``await`` in its examples."""
+
+    @functools.wraps(method)
+    async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        run = self._threads.run_interruptible if method.__name__ in INTERRUPTIBLE else self._threads.run
+        return await run(lambda: method(self._client, *args, **kwargs))
+
+    call.__doc__ = _AWAITED_CALL.sub(r"await \g<0>", method.__doc__ or "")
+    return call
 
 
 class AsyncAnswerStream(AsyncIterator[str]):
@@ -204,12 +225,6 @@ class AsyncClient:
         self._client = client
         self._threads = _Threads()
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Callable[..., Any]:
-            """Stand for the methods that are made from those of `Client`."""
-            ...
-
     @classmethod
     async def connect(
         cls, url: str | None = None, token: str | None = None, *, verify: bool | str | None = None
@@ -229,11 +244,11 @@ class AsyncClient:
         """Give this client."""
         return self
 
-    def openai(self, **kwargs: Any) -> Any:
+    def openai(self, **kwargs: Any) -> OpenAI:
         """Give an ``openai.OpenAI`` of this server; see `Client.openai`."""
         return self._client.openai(**kwargs)
 
-    def async_openai(self, **kwargs: Any) -> Any:
+    def async_openai(self, **kwargs: Any) -> AsyncOpenAI:
         """Give an ``openai.AsyncOpenAI`` of this server; see `Client.openai`."""
         return self._client.async_openai(**kwargs)
 
@@ -249,6 +264,36 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    # -- what is as it is there ------------------------------------------------------------------------------------
+
+    permissions = _awaited(Client.permissions)
+    configure = _awaited(Client.configure)
+    check = _awaited(Client.check)
+    configurations = _awaited(Client.configurations)
+    configuration = _awaited(Client.configuration)
+    update = _awaited(Client.update)
+    delete = _awaited(Client.delete)
+    export_configurations = _awaited(Client.export_configurations)
+    import_configurations = _awaited(Client.import_configurations)
+    model_types = _awaited(Client.model_types)
+    models = _awaited(Client.models)
+    model = _awaited(Client.model)
+    snapshot = _awaited(Client.snapshot)
+    health = _awaited(Client.health)
+    devices = _awaited(Client.devices)
+    plan = _awaited(Client.plan)
+    logs = _awaited(Client.logs)
+    start_loading = _awaited(Client.start_loading)
+    unload = _awaited(Client.unload)
+    cancel = _awaited(Client.cancel)
+    requests = _awaited(Client.requests)
+    map = _awaited(Client.map)
+    compare = _awaited(Client.compare)
+    conversations = _awaited(Client.conversations)
+    conversation = _awaited(Client.conversation)
+    save_conversation = _awaited(Client.save_conversation)
+    delete_conversation = _awaited(Client.delete_conversation)
 
     # -- what can be ended half-way, or needs more than a thread ---------------------------------------------------
 
@@ -342,17 +387,3 @@ def _hang_up(response: httpx.Response) -> None:
     line = response.extensions["network_stream"].get_extra_info("socket")
     with contextlib.suppress(OSError):
         line.shutdown(socket.SHUT_RDWR)
-
-
-def _in_a_thread(method: Callable[..., T]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    async def call(self: AsyncClient, *args: Any, **kwargs: Any) -> T:
-        run = self._threads.run_interruptible if method.__name__ in INTERRUPTIBLE else self._threads.run
-        return await run(lambda: method(self._client, *args, **kwargs))
-
-    return call
-
-
-for _name, _method in inspect.getmembers(Client, inspect.isfunction):
-    if not _name.startswith("_") and _name not in vars(AsyncClient):
-        setattr(AsyncClient, _name, _in_a_thread(_method))

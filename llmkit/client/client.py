@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llmkit.client import keys, transfer
 from llmkit.client.connection import Connection, path_to
@@ -17,6 +17,7 @@ from llmkit.client.loading import follow
 from llmkit.client.provenance import KnownConfigurations, Prompt
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
 from llmkit.client.streaming import AnswerStream, read_events
+from llmkit.client.tables import Tables
 from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
 from llmkit.schemas import (
@@ -31,7 +32,6 @@ from llmkit.schemas import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
     from openai import AsyncOpenAI, OpenAI
 
     from llmkit.client.async_client import AsyncClient
@@ -41,7 +41,7 @@ PERMISSIONS = frozenset({"read", "write", "execute"})
 """Names of what Jupyter's authorizer is asked for; ``execute`` is to prompt."""
 
 
-class Client(Conversations):
+class Client(Tables, Conversations):
     """Configure, load, prompt and unload the models of one Jupyter server.
 
     Made by `llmkit.connect`. Threads may share it. Every method raises an `LLMKitError` of the class that fits,
@@ -101,6 +101,7 @@ class Client(Conversations):
 
     def configure(
         self,
+        /,
         model_id: str,
         model_name: str,
         model_type: str,
@@ -137,6 +138,7 @@ class Client(Conversations):
 
     def check(
         self,
+        /,
         model_id: str,
         model_name: str,
         model_type: str,
@@ -181,7 +183,7 @@ class Client(Conversations):
         """Give one configuration, by its ``config_id``."""
         return read_configuration(self.connection.call("GET", path_to("llm/configuration", config_id)))
 
-    def update(self, model_id: str, *, reload: bool = False, **changes: Any) -> Configuration:
+    def update(self, /, model_id: str, *, reload: bool = False, **changes: Any) -> Configuration:
         """Change a configuration.
 
         Parameters
@@ -499,139 +501,6 @@ class Client(Conversations):
         from llmkit.client.async_client import AsyncClient
 
         return AsyncClient(self)
-
-    # -- tables ------------------------------------------------------------------------------------------------
-
-    def map(
-        self,
-        data: Any,
-        template: str,
-        *,
-        model: str,
-        system: str | None = None,
-        schema: Any = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        concurrency: int = 8,
-        retries: int = 3,
-        retry_errors: bool = False,
-        missing: Literal["error", "skip"] = "error",
-        on_engine_lost: Literal["wait", "fail"] = "wait",
-        patience: float = 3600.0,
-        progress: bool = True,
-        priority: Literal["batch", "interactive"] = "batch",
-        reconnect: Callable[[], Client] | None = None,
-        **inference_kwargs: Any,
-    ) -> pd.DataFrame:
-        """Ask a model about every row of a table; the same call again goes on where one has ended.
-
-        Each answer is on the disk before it counts. Rows with equal prompts are asked once. An answer is taken from
-        the checkpoint only for the same prompt, system prompt, template, parameters, schema and configuration.
-
-        Parameters
-        ----------
-        data
-            A DataFrame, a Series (``{its name}``, else ``{text}``) or a list of dicts.
-        template
-            The prompt, with ``{column}`` for the cell of that column; ``{{`` and ``}}`` are braces.
-        model
-            The ``model_id`` of a loaded model.
-        system
-            System prompt of every row.
-        schema
-            JSON schema, or pydantic class, that the answers follow: its properties become columns with a type.
-        checkpoint
-            File for the answers; default: one in ``.llmkit`` in the working folder, beside the notebook.
-        concurrency
-            Requests running at once at most; so many rows at most are asked twice after a kill.
-        retries
-            How often a row is asked again after the engine or the line has failed, with growing pauses. A full
-            queue of the server is waited for without counting.
-        retry_errors
-            Ask rows again whose ``error`` the checkpoint holds.
-        missing
-            ``error``, or ``skip``: rows with an empty cell that the template needs get a reason instead of an answer.
-        on_engine_lost
-            ``wait`` until a model or a server that went is back (a model that was loaded is loaded again after a
-            restart of the server), or ``fail``.
-        patience
-            Seconds to wait for that at most.
-        progress
-            Show a progress bar with rate and time left.
-        priority
-            ``batch`` lets requests of people go first.
-        reconnect
-            Gives a client of the server when it is back at another address; default: `llmkit.connect`.
-        **inference_kwargs
-            Parameters of every prompt, for example ``temperature``, ``max_tokens``.
-
-        Returns
-        -------
-        pandas.DataFrame
-            The table with the same index, and ``response``, ``error`` (NA where all is well), ``finish_reason``,
-            ``prompt_tokens``, ``completion_tokens``, ``seconds`` (of the request on the server), and the columns of
-            the schema.
-
-        Raises
-        ------
-        DoesNotFit
-            If the template names no column, or a cell cannot go into a prompt; nothing was asked then.
-        ModelNotLoaded
-            If the model has to be loaded first, or somebody has unloaded it.
-        DiskFull, WrongState, TimedOut
-            No room for the checkpoint; another process has it, or the configuration was changed; waited in vain.
-        KeyboardInterrupt
-            When interrupted: requests are cancelled on the server. With every error finished rows are kept.
-
-        Examples
-        --------
-        >>> df = pd.DataFrame({"country": ["France", "Japan"]})  # doctest: +SKIP
-        >>> client.map(df, "What is the capital of {country}?", model="demo")["response"]  # doctest: +SKIP
-        """
-        from llmkit.client.batch import map_rows  # needed by few, and slow to import
-
-        return map_rows(
-            self,
-            data,
-            template,
-            model=model,
-            system=system,
-            schema=schema,
-            checkpoint=checkpoint,
-            concurrency=concurrency,
-            retries=retries,
-            retry_errors=retry_errors,
-            missing=missing,
-            on_engine_lost=on_engine_lost,
-            patience=patience,
-            progress=progress,
-            priority=priority,
-            reconnect=reconnect,
-            **inference_kwargs,
-        )
-
-    def compare(self, models: Sequence[str], data: Any, template: str, **arguments: Any) -> pd.DataFrame:
-        """Ask several models about every row of a table, one model after the other.
-
-        Parameters
-        ----------
-        models
-            Each ``model_id``.
-        data, template, **arguments
-            As of `map`.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row for each row and model: ``row`` (label of the table's index), ``model_id``, the columns that `map`
-            adds, ``answered_by`` (another model, where one with a fallback failed) and ``configuration_hash``.
-
-        Examples
-        --------
-        >>> client.compare(["demo", "gpt"], df, "What is the capital of {country}?")  # doctest: +SKIP
-        """
-        from llmkit.client.batch import compare_models
-
-        return compare_models(self, models, data, template, **arguments)
 
 
 def _configuration(

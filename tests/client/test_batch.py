@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pydoc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -354,9 +355,15 @@ def test_a_bar_shows_how_many_rows_are_finished(
     assert "2 failed" in shown
 
 
-def test_the_method_says_the_same_defaults_as_what_it_calls() -> None:
-    told = inspect.signature(Client.map).parameters
-    for name, parameter in inspect.signature(batch._map).parameters.items():
-        if name != "client":
-            assert told[name].default == parameter.default
+def test_help_shows_every_parameter_with_its_type_and_no_more_of_how_it_is_made() -> None:
+    shown = inspect.signature(Client.map)
+    assert shown.return_annotation == "pd.DataFrame"
+    assert all(one.annotation is not one.empty for name, one in shown.parameters.items() if name != "self")
+    told = inspect.getdoc(Client.map) or ""
+    for name in shown.parameters:
+        assert name == "self" or f"{name}\n    " in told, name
+    text = pydoc.render_doc(Client.map, renderer=pydoc.plaintext)
+    assert "concurrency: 'int' = 8" in text
+    assert "patience: 'float' = 3600.0" in text
+    assert Client.map.__name__ == "map"
     assert list(batch.COLUMNS) == ADDED
