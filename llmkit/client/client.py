@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from llmkit.client import keys, transfer
 from llmkit.client.connection import Connection, path_to
 from llmkit.client.conversations import Conversations
-from llmkit.client.loading import follow
+from llmkit.client.loading import Bar, follow
 from llmkit.client.provenance import KnownConfigurations, Prompt
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
 from llmkit.client.streaming import AnswerStream, read_events
@@ -384,7 +384,8 @@ class Client(Tables, Conversations):
         if model.status == "loaded":
             return model
         try:
-            return follow(self, model_id, progress=progress)
+            with Bar(model_id, visible=progress) as bar:
+                return follow(self, model_id, bar.show)
         except KeyboardInterrupt:
             if before.status != "loading" and self.model(model_id).status == "loading":
                 self.unload(model_id)
