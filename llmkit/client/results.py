@@ -74,8 +74,9 @@ class Answer(schemas.InferenceAnswer):
         ``model_id`` (that answered), ``model_name``, ``configuration_hash`` (see `Configuration.hash`; the
         configuration as it was at most some seconds before the prompt), ``parameters`` (sent with the prompt, without
         ``messages``), ``seed`` (of the prompt, else of the configuration), ``finish_reason``, ``usage`` (tokens),
-        ``timings`` (seconds), ``engine`` (the model type), ``engine_version`` (None: the server does not tell it),
-        ``llmkit_version`` (of the client), ``request_id`` and ``time`` (UTC, ISO 8601, when the prompt was sent).
+        ``timings`` (seconds), ``engine`` (the model type), ``engine_version`` (of the engine that answered; a remote
+        endpoint tells none), ``llmkit_version`` (of the client), ``request_id`` and ``time`` (UTC, ISO 8601, when the
+        prompt was sent).
         """
         asked = self._asked
         configuration = asked.configuration if asked else None
@@ -93,7 +94,7 @@ class Answer(schemas.InferenceAnswer):
             "usage": self.usage.model_dump(mode="json") if self.usage else None,
             "timings": self.timings.model_dump(mode="json"),
             "engine": configuration.model_type if configuration else None,
-            "engine_version": None,
+            "engine_version": self.engine_version,
             "llmkit_version": __version__,
             "request_id": self.request_id,
             "time": asked.time.isoformat(timespec="milliseconds") if asked else None,
@@ -260,4 +261,5 @@ def _row(name: str, value: Any) -> str:
 def _cells(model: schemas.Model) -> tuple[str, ...]:
     error = model.error.message if model.error else ""
     status = f"loading ({model.phase})" if model.status == "loading" and model.phase else model.status
-    return (model.model_id, status, model.model_type, model.model_name, describe_memory(model.memory), error)
+    engine = " ".join(filter(None, (model.model_type, model.capabilities.engine_version)))
+    return (model.model_id, status, engine, model.model_name, describe_memory(model.memory), error)
