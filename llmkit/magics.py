@@ -66,7 +66,14 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
     Examples
     --------
-    >>> get_ipython().run_line_magic("load_ext", "llmkit")  # doctest: +SKIP
+    >>> %load_ext llmkit
+    >>> %llm status
+    http://127.0.0.1:...: llmkit ..., ok
+    model_id  status  model_type    model_name   ...
+    ...
+    >>> %%llm demo --temperature 0
+    ... What is the capital of France?
+    The capital of France is Paris.
     """
     magics = Magics(shell)
 

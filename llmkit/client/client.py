@@ -54,10 +54,11 @@ class Client(Tables, Conversations):
 
     Examples
     --------
-    >>> client = llmkit.connect()  # doctest: +SKIP
-    >>> client.configure("demo", "llmkit/demo", "vllm")  # doctest: +SKIP
-    >>> client.load("demo")  # doctest: +SKIP
-    >>> print(client.prompt("demo", "What is the capital of France?"))  # doctest: +SKIP
+    >>> client = llmkit.connect()
+    >>> configuration = client.configure("demo", "llmkit/demo", "vllm")
+    >>> client.load("demo")
+    <Model demo: loaded>
+    >>> print(client.prompt("demo", "What is the capital of France?"))
     The capital of France is Paris.
     """
 
@@ -67,14 +68,25 @@ class Client(Tables, Conversations):
 
     @property
     def url(self) -> str:
-        """Base URL of the server."""
+        """Base URL of the server.
+
+        Examples
+        --------
+        >>> client.url
+        'http://127.0.0.1:...'
+        """
         return self.connection.server.url
 
     def __repr__(self) -> str:
         return f"<llmkit.Client {self.url}>"
 
     def close(self) -> None:
-        """Close the connections to the server; the models stay as they are."""
+        """Close the connections to the server; the models stay as they are.
+
+        Examples
+        --------
+        >>> client.close()
+        """
         self.connection.close()
 
     def __enter__(self) -> Self:
@@ -89,6 +101,11 @@ class Client(Tables, Conversations):
         """Say what this user may do here: ``read``, ``execute`` (prompt), ``write`` (configure, load, unload, delete).
 
         A server that cannot tell is taken to allow everything: whatever is not allowed it refuses all the same.
+
+        Examples
+        --------
+        >>> sorted(client.permissions())
+        ['execute', 'read', 'write']
         """
         params = {"permissions": json.dumps({"llm": sorted(PERMISSIONS)})}
         try:
@@ -130,6 +147,11 @@ class Client(Tables, Conversations):
             If the ``model_id`` is taken by a different configuration; `update` changes that one.
         DoesNotFit
             If a field is wrong; ``details["fields"]`` names each.
+
+        Examples
+        --------
+        >>> client.configure("gpt", "gpt-4o-mini", "openai", {"api_key": "env:OPENAI_API_KEY", "temperature": 0})
+        Configuration(config_id='...', model_id='gpt', model_name='gpt-4o-mini', model_type='openai', ...)
         """
         body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
         told = self.connection.call("POST", "llm/configure_model/", json=body)
@@ -166,6 +188,12 @@ class Client(Tables, Conversations):
         ------
         DoesNotFit, ConfigurationExists, ModelIsLoaded
             Or what else `configure` or `update` would raise.
+
+        Examples
+        --------
+        >>> plan = client.check("small", "llmkit/demo", "vllm", {"max_model_len": 256})
+        >>> plan.fits
+        True
         """
         body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
         params = {"dry_run": "true", **({"reload": "true"} if reload else {})}
@@ -176,11 +204,24 @@ class Client(Tables, Conversations):
         return LoadPlan.model_validate(told["plan"]) if told["plan"] is not None else None
 
     def configurations(self) -> list[Configuration]:
-        """Give every configuration, oldest first."""
+        """Give every configuration, oldest first.
+
+        Examples
+        --------
+        >>> [one.model_id for one in client.configurations()]
+        ['demo', 'gpt']
+        """
         return [read_configuration(told) for told in self.connection.call("GET", "llm/configurations/")]
 
     def configuration(self, config_id: str) -> Configuration:
-        """Give one configuration, by its ``config_id``."""
+        """Give one configuration, by its ``config_id``.
+
+        Examples
+        --------
+        >>> model = client.model("demo")
+        >>> client.configuration(model.config_id)
+        Configuration(config_id='...', model_id='demo', model_name='llmkit/demo', ...)
+        """
         return read_configuration(self.connection.call("GET", path_to("llm/configuration", config_id)))
 
     def update(self, /, model_id: str, *, reload: bool = False, **changes: Any) -> Configuration:
@@ -202,7 +243,9 @@ class Client(Tables, Conversations):
 
         Examples
         --------
-        >>> client.update("demo", model_kwargs={"temperature": 0.2})  # doctest: +SKIP
+        >>> changed = client.update("demo", model_kwargs={"temperature": 0.2})
+        >>> changed.model_kwargs
+        {'temperature': 0.2}
         """
         stored = self.configuration(self.model(model_id).config_id)
         body = {k: v for k, v in stored.to_wire().items() if k not in ("config_id", "declared")} | changes
@@ -236,7 +279,7 @@ class Client(Tables, Conversations):
 
         Examples
         --------
-        >>> client.set_key("gpt")  # doctest: +SKIP
+        >>> changed = client.set_key("gpt", reload=True)
         API key of gpt: ········
         """
         given = keys.clean_key(keys.ask_key(model_id) if key is None else key)
@@ -257,6 +300,10 @@ class Client(Tables, Conversations):
         ------
         ModelIsLoaded
             If it is loaded, without ``unload``.
+
+        Examples
+        --------
+        >>> client.delete("gpt", unload=True)
         """
         if (model_id is None) == (config_id is None):
             raise TypeError("delete() takes a model_id or a config_id")
@@ -278,6 +325,11 @@ class Client(Tables, Conversations):
         ------
         OSError
             If the file cannot be written; one that was there stays.
+
+        Examples
+        --------
+        >>> client.export_configurations("models.json")
+        []
         """
         return transfer.export_configurations(self, Path(path))
 
@@ -296,44 +348,106 @@ class Client(Tables, Conversations):
         ------
         OSError, DoesNotFit
             If the file cannot be read, or has a mistake; nothing was changed then.
+
+        Examples
+        --------
+        >>> left_out = client.export_configurations("models.json")
+        >>> client.import_configurations("models.json")
+        demo  unchanged
+        gpt   unchanged
         """
         return transfer.import_configurations(self, Path(path), replace=replace)
 
     def model_types(self) -> list[ModelType]:
-        """Give every model type of the server, with the schemas of its arguments."""
+        """Give every model type of the server, with the schemas of its arguments.
+
+        Examples
+        --------
+        >>> [one.name for one in client.model_types()]
+        ['openai', 'vllm']
+        """
         told = self.connection.call("GET", "llm/model_types/")
         return [ModelType.model_validate(one) for one in told["model_types"]]
 
     # -- models ------------------------------------------------------------------------------------------------
 
     def models(self) -> ModelList:
-        """Give every model as it is now."""
+        """Give every model as it is now.
+
+        Examples
+        --------
+        >>> client.models()
+        model_id  status  model_type    model_name   ...
+        demo      loaded  vllm ...      llmkit/demo  ...
+        gpt       loaded  openai        gpt-4o-mini
+        """
         told = self.connection.call("GET", "llm/models/")
         return ModelList(Model.model_validate(one) for one in told["models"])
 
     def model(self, model_id: str) -> Model:
-        """Give one model as it is now, or raise `ModelNotFound`."""
+        """Give one model as it is now, or raise `ModelNotFound`.
+
+        Examples
+        --------
+        >>> client.model("demo")
+        <Model demo: loaded>
+        """
         return Model.model_validate(self.connection.call("GET", path_to("llm/models", model_id)))
 
     def snapshot(self) -> Snapshot:
-        """Give every model with the epoch and revision of the registry."""
+        """Give every model with the epoch and revision of the registry.
+
+        Examples
+        --------
+        >>> snapshot = client.snapshot()
+        >>> {model.model_id: model.status for model in snapshot.models}
+        {'demo': 'loaded', 'gpt': 'loaded'}
+        """
         return Snapshot.model_validate(self.connection.call("GET", "llm/models/"))
 
     def health(self) -> Health:
-        """Give the condition of the server's registry and store."""
+        """Give the condition of the server's registry and store.
+
+        Examples
+        --------
+        >>> health = client.health()
+        >>> health.status
+        'ok'
+        """
         return Health.model_validate(self.connection.call("GET", "llm/health"))
 
     def devices(self) -> Devices:
-        """Give CPU, RAM and GPUs of the server's machine, with the share of every model."""
+        """Give CPU, RAM and GPUs of the server's machine, with the share of every model.
+
+        Examples
+        --------
+        >>> devices = client.devices()
+        >>> devices.ram.total_bytes > 0
+        True
+        """
         return Devices.model_validate(self.connection.call("GET", "llm/devices"))
 
     def plan(self, model_id: str) -> LoadPlan:
-        """Say what a load would take, whether it fits, and which models would be unloaded for it; changes nothing."""
+        """Say what a load would take, whether it fits, and which models would be unloaded for it; changes nothing.
+
+        Examples
+        --------
+        >>> plan = client.plan("demo")
+        >>> plan.fits
+        True
+        """
         path = path_to("llm/load_model", self.model(model_id).config_id)
         return LoadPlan.model_validate(self.connection.call("POST", path, params={"dry_run": "true"}))
 
     def logs(self, model_id: str, tail: int = 200) -> list[str]:
-        """Give the last lines of an engine's log; none for a model that runs elsewhere."""
+        """Give the last lines of an engine's log; none for a model that runs elsewhere.
+
+        Examples
+        --------
+        >>> lines = client.logs("demo")
+        >>> print(lines[0])
+        (APIServer pid=...) INFO ... non-default args: ...
+        """
         told = self.connection.call("GET", path_to("llm/models", model_id) + "/logs", params={"tail": tail})
         return LogTail.model_validate(told).lines
 
@@ -346,13 +460,27 @@ class Client(Tables, Conversations):
             The model; it need not be loaded yet.
         tail
             With how many lines to begin.
+
+        Examples
+        --------
+        >>> for line in client.follow_logs("demo"):
+        ...     print(line)
+        ...     break
+        (APIServer pid=...) INFO ... non-default args: ...
         """
         with self.connection.log_stream(model_id, tail) as response:
             for event in read_events(response):
                 yield event["line"]
 
     def start_loading(self, model_id: str, *, force: bool = False) -> Model:
-        """Start to load a model, and return at once; ``force`` is that of `load`."""
+        """Start to load a model, and return at once; ``force`` is that of `load`.
+
+        Examples
+        --------
+        >>> freed = client.unload("demo")
+        >>> client.start_loading("demo")
+        <Model demo: loading...>
+        """
         return self._start_loading(self.model(model_id), force=force)
 
     def _start_loading(self, model: Model, *, force: bool) -> Model:
@@ -378,6 +506,11 @@ class Client(Tables, Conversations):
         ------
         LoadFailed, NoRoom, EngineNotInstalled, LoadCancelled
             Or another error that says why it could not be loaded; the engine's last words are its note.
+
+        Examples
+        --------
+        >>> client.load("demo")
+        <Model demo: loaded>
         """
         before = self.model(model_id)
         model = self._start_loading(before, force=force)
@@ -400,6 +533,12 @@ class Client(Tables, Conversations):
             The model.
         drain
             Seconds that running requests get to finish.
+
+        Examples
+        --------
+        >>> freed = client.unload("demo", drain=5)
+        >>> freed.verified
+        True
         """
         params = {"drain": drain} if drain else None
         path = path_to("llm/unload_model", model_id)
@@ -427,19 +566,39 @@ class Client(Tables, Conversations):
         ------
         ModelNotLoaded
             If it has to be loaded first.
+
+        Examples
+        --------
+        >>> answer = client.prompt("demo", "What is the capital of France?", temperature=0)
+        >>> print(answer)
+        The capital of France is Paris.
         """
         body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
         return Prompt(self.connection, self._known, body).ask()
 
     def stream(self, model_id: str, prompt: str, **inference_kwargs: Any) -> AnswerStream:
-        """Ask a model and give its answer as it comes; the parameters are those of `prompt`."""
+        """Ask a model and give its answer as it comes; the parameters are those of `prompt`.
+
+        Examples
+        --------
+        >>> for piece in client.stream("demo", "What is the capital of France?", max_tokens=50):
+        ...     print(piece, end="")
+        The capital of France is Paris.
+        """
         request_id = str(inference_kwargs.setdefault("request_id", f"req-{uuid.uuid4().hex}"))
         inference_kwargs["stream"] = True
         body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
         return AnswerStream(Prompt(self.connection, self._known, body), request_id)
 
     def cancel(self, request_id: str) -> None:
-        """End a running request, or raise `RequestNotFound`."""
+        """End a running request, or raise `RequestNotFound`.
+
+        Examples
+        --------
+        >>> requests = client.requests()
+        >>> for one in requests.running:
+        ...     client.cancel(one.request_id)
+        """
         self.connection.call("DELETE", path_to("llm/inference", request_id))
 
     def requests(self, limit: int = 100, model_id: str | None = None) -> RequestList:
@@ -459,7 +618,9 @@ class Client(Tables, Conversations):
 
         Examples
         --------
-        >>> [one.outcome for one in client.requests(limit=1).recent]  # doctest: +SKIP
+        >>> answer = client.prompt("demo", "What is the capital of France?")
+        >>> requests = client.requests(limit=1)
+        >>> [one.outcome for one in requests.recent]
         ['ok']
         """
         params = {"limit": limit, **({"model_id": model_id} if model_id is not None else {})}
@@ -477,17 +638,29 @@ class Client(Tables, Conversations):
 
         Examples
         --------
-        >>> openai = client.openai()  # doctest: +SKIP
-        >>> openai.chat.completions.create(  # doctest: +SKIP
-        ...     model="demo", messages=[{"role": "user", "content": "Hello"}]
-        ... )
+        >>> openai = client.openai()
+        >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> reply = openai.chat.completions.create(model="demo", messages=messages)
+        >>> reply.choices[0].message.content
+        'The capital of France is Paris.'
+        >>> openai.close()
         """
         from openai import OpenAI  # slow to import
 
         return OpenAI(**self.connection.openai_arguments(kwargs))
 
     def async_openai(self, **kwargs: Any) -> AsyncOpenAI:
-        """Give an ``openai.AsyncOpenAI`` that asks the models of this server; see `openai`."""
+        """Give an ``openai.AsyncOpenAI`` that asks the models of this server; see `openai`.
+
+        Examples
+        --------
+        >>> openai = client.async_openai()
+        >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> reply = await openai.chat.completions.create(model="demo", messages=messages)
+        >>> reply.choices[0].message.content
+        'The capital of France is Paris.'
+        >>> await openai.close()
+        """
         from openai import AsyncOpenAI  # slow to import
 
         return AsyncOpenAI(**self.connection.openai_arguments(kwargs, is_async=True))
@@ -497,7 +670,9 @@ class Client(Tables, Conversations):
 
         Examples
         --------
-        >>> answer = await client.as_async().prompt("demo", "Hello")  # doctest: +SKIP
+        >>> awaited = client.as_async()
+        >>> print(await awaited.prompt("demo", "What is the capital of France?"))
+        The capital of France is Paris.
         """
         from llmkit.client.async_client import AsyncClient
 

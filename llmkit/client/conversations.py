@@ -12,11 +12,27 @@ class Conversations:
     connection: Connection
 
     def conversations(self) -> ConversationList:
-        """Give what the server knows of the conversations that it keeps, what was changed last first."""
+        """Give what the server knows of the conversations that it keeps, what was changed last first.
+
+        Examples
+        --------
+        >>> kept = client.conversations()
+        >>> [one.title for one in kept.conversations]
+        []
+        """
         return ConversationList.model_validate(self.connection.call("GET", "llm/conversations/"))
 
     def conversation(self, conversation_id: str) -> Conversation:
-        """Give one conversation, or raise `ConversationNotFound`."""
+        """Give one conversation, or raise `ConversationNotFound`.
+
+        Examples
+        --------
+        >>> from llmkit.schemas import ConversationRequest
+        >>> revision = client.save_conversation("capitals", ConversationRequest(title="Capitals"))
+        >>> conversation = client.conversation("capitals")
+        >>> conversation.title
+        'Capitals'
+        """
         told = self.connection.call("GET", path_to("llm/conversations", conversation_id))
         return Conversation.model_validate({k: v for k, v in told.items() if k in Conversation.model_fields})
 
@@ -38,11 +54,24 @@ class Conversations:
             If the server keeps no conversations.
         TooLarge
             If it has more than 4 MiB.
+
+        Examples
+        --------
+        >>> from llmkit.schemas import ConversationRequest
+        >>> client.save_conversation("capitals", ConversationRequest(title="Capitals", system="Be brief."))
+        1
         """
         path = path_to("llm/conversations", conversation_id)
         sent = body.model_dump(mode="json", exclude_defaults=True)
         return int(self.connection.call("PUT", path, json=sent)["revision"])
 
     def delete_conversation(self, conversation_id: str) -> None:
-        """Have a conversation forgotten, or raise `ConversationNotFound`."""
+        """Have a conversation forgotten, or raise `ConversationNotFound`.
+
+        Examples
+        --------
+        >>> from llmkit.schemas import ConversationRequest
+        >>> revision = client.save_conversation("capitals", ConversationRequest(title="Capitals"))
+        >>> client.delete_conversation("capitals")
+        """
         self.connection.call("DELETE", path_to("llm/conversations", conversation_id))

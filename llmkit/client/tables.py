@@ -118,8 +118,11 @@ def _map(
 
     Examples
     --------
-    >>> df = pd.DataFrame({"country": ["France", "Japan"]})  # doctest: +SKIP
-    >>> client.map(df, "What is the capital of {country}?", model="demo")["response"]  # doctest: +SKIP
+    >>> import pandas as pd
+    >>> df = pd.DataFrame({"country": ["France"]})
+    >>> answered = client.map(df, "What is the capital of {country}?", model="demo", temperature=0)
+    >>> answered["response"].tolist()
+    ['The capital of France is Paris.']
     """
     # Needed by few, and slow to import.
     from llmkit.client.batch import Batch, follow
@@ -187,7 +190,11 @@ class Tables:
 
         Examples
         --------
-        >>> client.compare(["demo", "gpt"], df, "What is the capital of {country}?")  # doctest: +SKIP
+        >>> import pandas as pd
+        >>> df = pd.DataFrame({"country": ["France"]})
+        >>> compared = client.compare(["demo", "gpt"], df, "What is the capital of {country}?")
+        >>> compared["model_id"].tolist()
+        ['demo', 'gpt']
         """
         if isinstance(models, str) or not models:
             raise DoesNotFit("`models` is a list of model ids.", hint='client.compare(["one", "two"], df, "...").')
