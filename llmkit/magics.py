@@ -37,6 +37,7 @@ from IPython.core.magic import no_var_expand
 from IPython.display import Markdown, display
 
 from llmkit.client import Answer, Client, ModelList, connect
+from llmkit.client.stopping import Stopped
 from llmkit.errors import ConnectError, DoesNotFit, EngineGone, LLMKitError
 
 REDRAW_SECONDS = 0.1
@@ -47,13 +48,6 @@ ANSWER_VARIABLE = "_llm"
 COMMANDS = ("models", "load", "unload", "use", "status")
 USAGE = (__doc__ or "").split(".. code-block:: text\n", 1)[-1].strip("\n")
 _BLOCK = re.compile(r"^ {0,3}```[^\n`]*\n(.*?)^ {0,3}```[ \t]*$", re.DOTALL | re.MULTILINE)
-
-
-class Stopped(KeyboardInterrupt):
-    """The person stopped an answer; IPython shows it in one line."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:

@@ -11,6 +11,7 @@ from llmkit.client.batch_asking import Asking
 from llmkit.client.batch_checkpoint import Row, as_json
 from llmkit.client.batch_schema import AnswerSchema
 from llmkit.client.batch_template import Rows, Template
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotLoaded
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
                 bar.show()
     except KeyboardInterrupt:
         asking.stop()
-        raise KeyboardInterrupt(f"Stopped. {_how_to_go_on(asking, batch)}") from None
+        raise Stopped(f"Stopped. {_how_to_go_on(asking, batch)}") from None
     except BaseException:
         asking.stop()
         raise

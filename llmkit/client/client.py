@@ -16,6 +16,7 @@ from llmkit.client.conversations import Conversations
 from llmkit.client.loading import Bar, follow
 from llmkit.client.provenance import KnownConfigurations, Prompt
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
+from llmkit.client.stopping import Stopped
 from llmkit.client.streaming import AnswerStream, read_events
 from llmkit.client.tables import Tables
 from llmkit.client.transfer import ImportedList
@@ -520,9 +521,11 @@ class Client(Tables, Conversations):
             with Bar(model_id, visible=progress) as bar:
                 return follow(self, model_id, bar.show)
         except KeyboardInterrupt:
-            if before.status != "loading" and self.model(model_id).status == "loading":
+            if before.status == "loading":
+                raise Stopped(f"Stopped. The load of `{model_id}` goes on: somebody else has started it.") from None
+            if self.model(model_id).status == "loading":
                 self.unload(model_id)
-            raise
+            raise Stopped(f"Stopped. The load of `{model_id}` is cancelled.") from None
 
     def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
         """Unload a model, or cancel its load, and say what was freed.

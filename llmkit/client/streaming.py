@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import httpx
 
 from llmkit.client.results import Answer
+from llmkit.client.stopping import Stopped
 from llmkit.errors import EngineGone, RequestNotFound, from_wire
 
 
@@ -110,6 +111,9 @@ class AnswerStream(Iterator[str]):
                     self.text += piece.text
                     self.reasoning += piece.reasoning
                     return piece
+        except KeyboardInterrupt:
+            self.close()
+            raise Stopped("Stopped. The server ends the answer, too.") from None
         except BaseException:
             self.close()
             raise
