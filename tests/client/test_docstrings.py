@@ -32,7 +32,7 @@ from traitlets.config import Config
 import llmkit
 import llmkit.client
 from llmkit import magics
-from llmkit.client import AsyncAnswerStream, AsyncClient, Client, connect, results, transfer
+from llmkit.client import AsyncAnswerStream, AsyncClient, Client, connect, conversations, results, transfer
 from llmkit.panel import Panel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")
@@ -64,7 +64,7 @@ def names() -> Iterator[Name]:
     yield of("llmkit", llmkit, llmkit)
     yield of("llmkit.magics.load_ipython_extension", magics.load_ipython_extension, magics)
     classes = {getattr(llmkit.client, name) for name in llmkit.client.__all__}
-    classes |= {results.Provenance, transfer.Imported, llmkit.LLMKitError}
+    classes |= {results.Provenance, transfer.Imported, conversations.KeptConversations, llmkit.LLMKitError}
     for name in llmkit.__all__:
         found = getattr(llmkit, name)
         if name == "panel":

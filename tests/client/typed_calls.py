@@ -7,8 +7,9 @@ from typing import Any, assert_type
 
 import llmkit
 from llmkit.client import Answer, AsyncAnswerStream, AsyncClient, Client, Configuration, Model, ModelList
+from llmkit.client.conversations import KeptConversations
 from llmkit.client.transfer import ImportedList
-from llmkit.schemas import ConversationList, Health, LoadPlan, Memory
+from llmkit.schemas import Health, LoadPlan, Memory
 
 
 def sync_calls(client: Client) -> None:
@@ -31,7 +32,7 @@ async def awaited_calls(client: AsyncClient) -> None:
     assert_type(await client.prompt("demo", "Hello"), Answer)
     assert_type(client.stream("demo", "Hello"), AsyncAnswerStream)
     assert_type(await client.health(), Health)
-    assert_type(await client.conversations(), ConversationList)
+    assert_type(await client.conversations(), KeptConversations)
     await client.map([{"a": 1}], "{a}", model="demo", concurrency=2, on_engine_lost="fail")
     await client.map([{"a": 1}], "{a}")  # type: ignore[call-arg]  # without a model
     await client.map([{"a": 1}], "{a}", model="demo", on_engine_lost="ignore")  # type: ignore[arg-type]
