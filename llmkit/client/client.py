@@ -193,7 +193,7 @@ class Client(Tables, Conversations):
         Examples
         --------
         >>> plan = client.check("small", "llmkit/demo", "vllm", {"max_model_len": 256})
-        >>> plan.fits
+        >>> plan.estimate.total_bytes > 0
         True
         """
         body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
@@ -434,7 +434,7 @@ class Client(Tables, Conversations):
         Examples
         --------
         >>> plan = client.plan("demo")
-        >>> plan.fits
+        >>> plan.estimate.total_bytes > 0
         True
         """
         path = path_to("llm/load_model", self.model(model_id).config_id)
