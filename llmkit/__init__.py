@@ -3,8 +3,11 @@
 Examples
 --------
 >>> import llmkit
->>> client = llmkit.connect()            # doctest: +SKIP
->>> llmkit.panel()                       # doctest: +SKIP
+>>> client = llmkit.connect()
+>>> print(client.prompt("demo", "What is the capital of France?"))
+The capital of France is Paris.
+>>> llmkit.panel()
+llmkit panel (run this cell to show it)
 """
 
 from __future__ import annotations

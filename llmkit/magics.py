@@ -37,6 +37,7 @@ from IPython.core.magic import no_var_expand
 from IPython.display import Markdown, display
 
 from llmkit.client import Answer, Client, ModelList, connect
+from llmkit.client.stopping import Stopped
 from llmkit.errors import ConnectError, DoesNotFit, EngineGone, LLMKitError
 
 REDRAW_SECONDS = 0.1
@@ -49,13 +50,6 @@ USAGE = (__doc__ or "").split(".. code-block:: text\n", 1)[-1].strip("\n")
 _BLOCK = re.compile(r"^ {0,3}```[^\n`]*\n(.*?)^ {0,3}```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
-class Stopped(KeyboardInterrupt):
-    """The person stopped an answer; IPython shows it in one line."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
-
-
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Add ``%llm`` and ``%%llm``; called by ``%load_ext llmkit``.
 
@@ -66,7 +60,14 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
     Examples
     --------
-    >>> get_ipython().run_line_magic("load_ext", "llmkit")  # doctest: +SKIP
+    >>> %load_ext llmkit
+    >>> %llm status
+    http://127.0.0.1:...: llmkit ..., ok
+    model_id  status  model_type    model_name   ...
+    ...
+    >>> %%llm demo --temperature 0
+    ... What is the capital of France?
+    The capital of France is Paris.
     """
     magics = Magics(shell)
 

@@ -210,6 +210,8 @@ class Capabilities(Wire):
     tools: bool | None = None
     vision: bool | None = None
     max_model_len: int | None = None
+    engine_version: str | None = None
+    """Of the engine that runs, as it tells itself; a remote endpoint tells none."""
 
 
 class ModelError(Wire):
@@ -503,6 +505,8 @@ class InferenceAnswer(Wire):
     tool_calls: list[dict[str, Any]] | None = None
     logprobs: dict[str, Any] | None = None
     """As in OpenAI's API, of all tokens of the answer; only if they were asked for."""
+    engine_version: str | None = None
+    """Of the engine that answered; null where it tells none, as a remote endpoint."""
     usage: Usage | None = None
     timings: Timings
     cost: Cost | None = None

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from support import JupyterServer, wait_until
 from traitlets.config import Config
 
 import llmkit
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, ServerNotFound
-from llmkit.magics import Magics, Stopped, expand, read_code, read_json
+from llmkit.magics import Magics, expand, read_code, read_json
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -340,6 +342,52 @@ def test_the_stop_button_ends_the_generation_and_keeps_what_came(notebook: Noteb
     assert notebook.out.startswith("la la ")
     assert "What has come is in `text`." in notebook.out + notebook.err
     assert "Traceback" not in notebook.out + notebook.err
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "%%llm ask --no-stream\nSing",
+        "client.prompt('ask', 'Sing')",
+        "for piece in client.stream('ask', 'Sing'): pass",
+        "client.map([{'x': 'Sing'}], '{x}', model='ask', progress=False)",
+    ],
+    ids=["magic", "prompt", "stream", "map"],
+)
+def test_whatever_is_stopped_says_so_in_a_line_and_is_ended_on_the_server(
+    notebook: Notebook,
+    client: llmkit.Client,
+    upstream: MockUpstream,
+    cell: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    running: list[str] = []
+
+    async def hold(request: web.Request, _: dict[str, Any]) -> web.Response:
+        running.append(request.path)
+        try:
+            await asyncio.sleep(60)
+            return web.json_response(chat_answer("too late"))
+        finally:
+            running.clear()
+
+    upstream.respond = hold
+    notebook.names["client"] = client
+
+    def stop() -> None:
+        wait_until(lambda: running, "the request")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Stopped):
+        notebook.run(cell)
+    stopper.join()
+    wait_until(lambda: not running, "the end of the generation", 5)
+    (line,) = (notebook.out + notebook.err).strip().splitlines()
+    assert line.startswith("Stopped. ")
 
 
 def test_an_error_half_way_keeps_what_came(notebook: Notebook, upstream: MockUpstream) -> None:

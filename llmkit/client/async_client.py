@@ -13,14 +13,14 @@ import contextlib
 import contextvars
 import ctypes
 import functools
-import inspect
+import re
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
@@ -29,6 +29,9 @@ from llmkit.client.client import Client
 from llmkit.client.results import Answer, Configuration, Model
 from llmkit.client.streaming import AnswerStream, Piece, read_events
 from llmkit.errors import LLMKitError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
 
 THREADS = 64
 """So many calls of one client run at once; more wait for their turn."""
@@ -40,6 +43,10 @@ _ENDING_SECONDS = 10.0
 _PAUSE_SECONDS = 0.05
 _AWAKE_SECONDS = 0.2
 
+_AWAITED_CALL = re.compile(r"(?<![\w.`])client\.(?!openai|async_openai|as_async|stream|follow_logs)\w+\(")
+"""Where an example of `Client` calls what is awaited here."""
+
+P = ParamSpec("P")
 T = TypeVar("T")
 Future = concurrent.futures.Future
 
@@ -105,6 +112,20 @@ class _Threads:
         self._ending.shutdown(wait=False)
 
 
+def _awaited(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """Make a method of `AsyncClient` from one of `Client`: the same, in a thread, with ``await`` in its examples."""
+
+    @functools.wraps(method)
+    async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        run = self._threads.run_interruptible if method.__name__ in INTERRUPTIBLE else self._threads.run
+        return await run(lambda: method(self._client, *args, **kwargs))
+
+    call.__doc__ = _AWAITED_CALL.sub(r"await \g<0>", method.__doc__ or "")
+    return call
+
+
 class AsyncAnswerStream(AsyncIterator[str]):
     """Pieces of an answer as they come, for ``async for``; the attributes are those of `AnswerStream`.
 
@@ -112,8 +133,9 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     Examples
     --------
-    >>> async for piece in client.stream("demo", "What is the capital of France?"):  # doctest: +SKIP
+    >>> async for piece in client.stream("demo", "What is the capital of France?"):
     ...     print(piece, end="")
+    The capital of France is Paris.
     """
 
     def __init__(self, stream: AnswerStream, threads: _Threads) -> None:
@@ -122,22 +144,56 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     @property
     def request_id(self) -> str:
-        """Names the request on the server."""
+        """Names the request on the server.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?", request_id="mine")
+        >>> stream.request_id
+        'mine'
+        """
         return self._stream.request_id
 
     @property
     def text(self) -> str:
-        """The text that has come so far."""
+        """The text that has come so far.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> async for _ in stream:
+        ...     pass
+        >>> stream.text
+        'The capital of France is Paris.'
+        """
         return self._stream.text
 
     @property
     def reasoning(self) -> str:
-        """The reasoning that has come so far."""
+        """The reasoning that has come so far.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> async for _ in stream:
+        ...     pass
+        >>> stream.reasoning
+        ''
+        """
         return self._stream.reasoning
 
     @property
     def answer(self) -> Answer | None:
-        """The whole answer, once the last piece has been taken."""
+        """The whole answer, once the last piece has been taken.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> async for _ in stream:
+        ...     pass
+        >>> stream.answer.finish_reason
+        'stop'
+        """
         return self._stream.answer
 
     def __aiter__(self) -> Self:
@@ -150,7 +206,14 @@ class AsyncAnswerStream(AsyncIterator[str]):
         return piece
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        """Give what comes, the model's reasoning too."""
+        """Give what comes, the model's reasoning too.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> [piece.reasoning async for piece in stream.pieces() if piece.reasoning]
+        []
+        """
         pieces = self._stream.pieces()
         while (piece := await self._take(lambda: next(pieces, None))) is not None:
             yield piece
@@ -164,11 +227,28 @@ class AsyncAnswerStream(AsyncIterator[str]):
             self._stream.close()
 
     async def cancel(self) -> None:
-        """End the generation on the server; who reads gets an error."""
+        """End the generation on the server; who reads gets an error.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> await anext(stream)
+        'The'
+        >>> await stream.cancel()
+        >>> await stream.close()
+        """
         await self._threads.finish(self._stream.cancel)
 
     async def close(self) -> None:
-        """End the generation on the server, if it still runs."""
+        """End the generation on the server, if it still runs.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> await anext(stream)
+        'The'
+        >>> await stream.close()
+        """
         await self._threads.finish(self._stream.close)
 
     async def __aenter__(self) -> Self:
@@ -195,50 +275,90 @@ class AsyncClient:
 
     Examples
     --------
-    >>> client = await llmkit.AsyncClient.connect()  # doctest: +SKIP
-    >>> questions = ["What is the capital of France?", "What is the capital of Italy?"]  # doctest: +SKIP
-    >>> await asyncio.gather(*(client.prompt("demo", question) for question in questions))  # doctest: +SKIP
+    >>> client = await llmkit.AsyncClient.connect()
+    >>> questions = ["What is the capital of France?", "What is the capital of Italy?"]
+    >>> answers = await asyncio.gather(*(client.prompt("demo", question) for question in questions))
+    >>> print(answers[0])
+    The capital of France is Paris.
+    >>> await client.close()
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._threads = _Threads()
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Callable[..., Any]:
-            """Stand for the methods that are made from those of `Client`."""
-            ...
-
     @classmethod
     async def connect(
         cls, url: str | None = None, token: str | None = None, *, verify: bool | str | None = None
     ) -> Self:
-        """Find the server and give a client of it; parameters and errors are those of `llmkit.connect`."""
+        """Find the server and give a client of it; parameters and errors are those of `llmkit.connect`.
+
+        Examples
+        --------
+        >>> client = await llmkit.AsyncClient.connect()
+        >>> client
+        <llmkit.AsyncClient http://127.0.0.1:...>
+        >>> await client.close()
+        """
         return cls(await asyncio.to_thread(discovery.connect, url, token, verify=verify))
 
     @property
     def url(self) -> str:
-        """Base URL of the server."""
+        """Base URL of the server.
+
+        Examples
+        --------
+        >>> client.url
+        'http://127.0.0.1:...'
+        """
         return self._client.url
 
     def __repr__(self) -> str:
         return f"<llmkit.AsyncClient {self.url}>"
 
     def as_async(self) -> AsyncClient:
-        """Give this client."""
+        """Give this client.
+
+        Examples
+        --------
+        >>> client.as_async() is client
+        True
+        """
         return self
 
-    def openai(self, **kwargs: Any) -> Any:
-        """Give an ``openai.OpenAI`` of this server; see `Client.openai`."""
+    def openai(self, **kwargs: Any) -> OpenAI:
+        """Give an ``openai.OpenAI`` of this server; see `Client.openai`.
+
+        Examples
+        --------
+        >>> openai = client.openai()
+        >>> str(openai.base_url).endswith("/llm/v1/")
+        True
+        >>> openai.close()
+        """
         return self._client.openai(**kwargs)
 
-    def async_openai(self, **kwargs: Any) -> Any:
-        """Give an ``openai.AsyncOpenAI`` of this server; see `Client.openai`."""
+    def async_openai(self, **kwargs: Any) -> AsyncOpenAI:
+        """Give an ``openai.AsyncOpenAI`` of this server; see `Client.openai`.
+
+        Examples
+        --------
+        >>> openai = client.async_openai()
+        >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> reply = await openai.chat.completions.create(model="demo", messages=messages)
+        >>> reply.choices[0].message.content
+        'The capital of France is Paris.'
+        >>> await openai.close()
+        """
         return self._client.async_openai(**kwargs)
 
     async def close(self) -> None:
-        """Close the connections to the server; the models stay as they are."""
+        """Close the connections to the server; the models stay as they are.
+
+        Examples
+        --------
+        >>> await client.close()
+        """
         await self._threads.finish(self._client.close)
         self._threads.close()
 
@@ -250,10 +370,47 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    # -- what is as it is there ------------------------------------------------------------------------------------
+
+    permissions = _awaited(Client.permissions)
+    configure = _awaited(Client.configure)
+    check = _awaited(Client.check)
+    configurations = _awaited(Client.configurations)
+    configuration = _awaited(Client.configuration)
+    update = _awaited(Client.update)
+    delete = _awaited(Client.delete)
+    export_configurations = _awaited(Client.export_configurations)
+    import_configurations = _awaited(Client.import_configurations)
+    model_types = _awaited(Client.model_types)
+    models = _awaited(Client.models)
+    model = _awaited(Client.model)
+    snapshot = _awaited(Client.snapshot)
+    health = _awaited(Client.health)
+    devices = _awaited(Client.devices)
+    plan = _awaited(Client.plan)
+    logs = _awaited(Client.logs)
+    start_loading = _awaited(Client.start_loading)
+    unload = _awaited(Client.unload)
+    cancel = _awaited(Client.cancel)
+    requests = _awaited(Client.requests)
+    map = _awaited(Client.map)
+    compare = _awaited(Client.compare)
+    conversations = _awaited(Client.conversations)
+    conversation = _awaited(Client.conversation)
+    save_conversation = _awaited(Client.save_conversation)
+    delete_conversation = _awaited(Client.delete_conversation)
+
     # -- what can be ended half-way, or needs more than a thread ---------------------------------------------------
 
     async def prompt(self, model_id: str, prompt: str, **inference_kwargs: Any) -> Answer:
-        """Ask a model and give its answer; see `Client.prompt`. Cancelling the task ends the generation."""
+        """Ask a model and give its answer; see `Client.prompt`. Cancelling the task ends the generation.
+
+        Examples
+        --------
+        >>> answer = await client.prompt("demo", "What is the capital of France?", temperature=0)
+        >>> print(answer)
+        The capital of France is Paris.
+        """
         request_id = str(inference_kwargs.setdefault("request_id", f"req-{uuid.uuid4().hex}"))
 
         def end(asking: Future[Answer]) -> None:
@@ -262,11 +419,24 @@ class AsyncClient:
         return await self._threads.run(lambda: self._client.prompt(model_id, prompt, **inference_kwargs), end)
 
     def stream(self, model_id: str, prompt: str, **inference_kwargs: Any) -> AsyncAnswerStream:
-        """Ask a model and give its answer as it comes; the parameters are those of `prompt`."""
+        """Ask a model and give its answer as it comes; the parameters are those of `prompt`.
+
+        Examples
+        --------
+        >>> async for piece in client.stream("demo", "What is the capital of France?"):
+        ...     print(piece, end="")
+        The capital of France is Paris.
+        """
         return AsyncAnswerStream(self._client.stream(model_id, prompt, **inference_kwargs), self._threads)
 
     async def load(self, model_id: str, *, progress: bool = True, force: bool = False) -> Model:
-        """Load a model, and return when it is loaded; see `Client.load`. Cancelling the task cancels the load."""
+        """Load a model, and return when it is loaded; see `Client.load`. Cancelling the task cancels the load.
+
+        Examples
+        --------
+        >>> await client.load("demo")
+        <Model demo: loaded>
+        """
         before: list[Model] = []
 
         def load() -> Model:
@@ -287,13 +457,27 @@ class AsyncClient:
         return await self._threads.run(load, end)
 
     async def set_key(self, model_id: str, key: str | None = None, *, reload: bool = False) -> Configuration:
-        """Give a configuration another API key; see `Client.set_key`."""
+        """Give a configuration another API key; see `Client.set_key`.
+
+        Examples
+        --------
+        >>> changed = await client.set_key("gpt", reload=True)
+        API key of gpt: ········
+        """
         # A kernel can ask a person only from the thread that runs the cell.
         given = keys.ask_key(model_id) if key is None else key
         return await self._threads.run(lambda: self._client.set_key(model_id, given, reload=reload))
 
     async def follow_logs(self, model_id: str, tail: int = 200) -> AsyncGenerator[str]:
-        """Give the last lines of an engine's log, then each new one; see `Client.follow_logs`."""
+        """Give the last lines of an engine's log, then each new one; see `Client.follow_logs`.
+
+        Examples
+        --------
+        >>> async for line in client.follow_logs("demo"):
+        ...     print(line)
+        ...     break
+        (APIServer pid=...) INFO ... non-default args: ...
+        """
         with contextlib.ExitStack() as opened:
             log = self._client.connection.log_stream(model_id, tail)
             response = await self._threads.run(
@@ -342,17 +526,3 @@ def _hang_up(response: httpx.Response) -> None:
     line = response.extensions["network_stream"].get_extra_info("socket")
     with contextlib.suppress(OSError):
         line.shutdown(socket.SHUT_RDWR)
-
-
-def _in_a_thread(method: Callable[..., T]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    async def call(self: AsyncClient, *args: Any, **kwargs: Any) -> T:
-        run = self._threads.run_interruptible if method.__name__ in INTERRUPTIBLE else self._threads.run
-        return await run(lambda: method(self._client, *args, **kwargs))
-
-    return call
-
-
-for _name, _method in inspect.getmembers(Client, inspect.isfunction):
-    if not _name.startswith("_") and _name not in vars(AsyncClient):
-        setattr(AsyncClient, _name, _in_a_thread(_method))

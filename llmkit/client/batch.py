@@ -1,18 +1,17 @@
-"""A prompt over every row of a table: `Client.map` and `Client.compare`."""
+"""A prompt over every row of a table: what is asked, how far it is, and the table that comes of it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from llmkit.client.batch_asking import Asking, Plan
-from llmkit.client.batch_checkpoint import Checkpoint, Row, as_json
+from llmkit.client.batch_asking import Asking
+from llmkit.client.batch_checkpoint import Row, as_json
 from llmkit.client.batch_schema import AnswerSchema
-from llmkit.client.batch_server import BatchServer
 from llmkit.client.batch_template import Rows, Template
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotLoaded
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from llmkit.client.client import Client
 
-PATIENCE_SECONDS: Final = 3600.0
 COLUMNS: Final = {
     "response": "string",
     "error": "string",
@@ -32,76 +30,6 @@ COLUMNS: Final = {
 """The columns of every result and their types."""
 _OURS: Final = ("stream", "messages", "request_id", "n", "prompt", "model_id")
 _LOOK_SECONDS: Final = 0.2
-
-
-def map_rows(client: Client, data: Any, template: str, **arguments: Any) -> pd.DataFrame:
-    """Do what `Client.map` says; it documents the arguments."""
-    return _map(client, data, template, **arguments)[1]
-
-
-def compare_models(client: Client, models: Sequence[str], data: Any, template: str, **arguments: Any) -> pd.DataFrame:
-    """Do what `Client.compare` says."""
-    if isinstance(models, str) or not models:
-        raise DoesNotFit("`models` is a list of model ids.", hint='client.compare(["one", "two"], df, "...").')
-    frames = []
-    for model in models:
-        batch, answers = _map(client, data, template, model=model, **arguments)
-        columns: dict[str, Any] = {"row": list(answers.index), "model_id": [model] * len(answers)}
-        columns |= {name: answers[name].array for name in batch.added}
-        columns["answered_by"] = batch.answered_by
-        columns["configuration_hash"] = [batch.configuration.hash] * len(answers)
-        frames.append(_pandas().DataFrame(columns))
-    return _pandas().concat(frames, ignore_index=True)
-
-
-def _map(
-    client: Client,
-    data: Any,
-    template: str,
-    *,
-    model: str,
-    system: str | None = None,
-    schema: Any = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    concurrency: int = 8,
-    retries: int = 3,
-    retry_errors: bool = False,
-    missing: Literal["error", "skip"] = "error",
-    on_engine_lost: Literal["wait", "fail"] = "wait",
-    patience: float = PATIENCE_SECONDS,
-    progress: bool = True,
-    priority: Literal["batch", "interactive"] = "batch",
-    reconnect: Callable[[], Client] | None = None,
-    **inference_kwargs: Any,
-) -> tuple[Batch, pd.DataFrame]:
-    for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0), ("patience", patience, 0)):
-        if value < least:
-            raise DoesNotFit(f"`{name}` is {value}; it is at least {least}.", param=name)
-    if on_engine_lost not in ("wait", "fail") or priority not in ("batch", "interactive"):
-        raise DoesNotFit('`on_engine_lost` is "wait" or "fail", `priority` "batch" or "interactive".')
-    batch = Batch(client, data, template, model, system, schema, inference_kwargs, missing=missing)
-    if not batch.places:
-        return batch, batch.result({})
-    with Checkpoint(Path(checkpoint) if checkpoint is not None else batch.default_checkpoint()) as opened:
-        known = opened.read(batch.places)
-        if retry_errors:
-            known = {identity: row for identity, row in known.items() if row.error is None}
-        left = [identity for identity in batch.places if identity not in known]
-        if left:
-            plan = Plan(
-                batch.prompts(left),
-                model,
-                batch.inference_kwargs,
-                min(concurrency, len(left)),
-                retries,
-                priority,
-                on_engine_lost,
-                patience,
-                batch.check,
-            )
-            server = BatchServer(client, batch.configuration, batch.look(), reconnect or _discover)
-            _follow(Asking(plan, server, opened, known), batch, progress=progress)
-        return batch, batch.result(known)
 
 
 class Batch:
@@ -240,7 +168,7 @@ class Batch:
         return self._pandas.concat([self.table, self._pandas.DataFrame(plain, index=index)], axis=1)
 
 
-def _follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
+def follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
     """Ask, show how far it is, and leave nothing running.
 
     Raises
@@ -255,7 +183,7 @@ def _follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
                 bar.show()
     except KeyboardInterrupt:
         asking.stop()
-        raise KeyboardInterrupt(f"Stopped. {_how_to_go_on(asking, batch)}") from None
+        raise Stopped(f"Stopped. {_how_to_go_on(asking, batch)}") from None
     except BaseException:
         asking.stop()
         raise
@@ -310,12 +238,6 @@ class _Bar:
         if self._bar is not None:
             self.show()
             self._bar.close()
-
-
-def _discover() -> Client:
-    from llmkit.client.discovery import connect
-
-    return connect()
 
 
 def _pandas() -> Any:

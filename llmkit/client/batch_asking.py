@@ -204,8 +204,11 @@ class Asking:
             except errors.QueueFull as error:
                 await asyncio.sleep(_asked_pause(error) * random.uniform(1, 1.25))  # noqa: S311  # no secret
                 continue  # there is no room yet: nothing has failed
-            except HOPELESS:
-                raise
+            except HOPELESS as error:
+                # A server that was started anew with another token knows us no more; one that is there means it.
+                if not isinstance(error, (errors.NotAuthenticated, errors.NotAllowed)) or await self.server.is_there():
+                    raise
+                await self._regain(error)
             except LLMKitError as error:
                 # What was not even begun has no part in the loss; what was may be its cause, and is not asked for ever.
                 begun = not isinstance(error, ABSENT) and not (isinstance(error, Lost) and not error.sent)

@@ -174,6 +174,8 @@ class BatchServer:
             self._silent_since = self._silent_since or time.monotonic()
             if time.monotonic() - self._silent_since > LOOK_SECONDS:
                 await self._look_elsewhere()
+            if isinstance(error, errors.NotAuthenticated | errors.NotAllowed):
+                return "the server refuses the token; a new `llmkit.connect()` may find the one that it has now"
             return "the server does not answer" if isinstance(error, Lost) else error.message.rstrip(".")
 
     async def check(self) -> None:

@@ -74,8 +74,16 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
 
     Examples
     --------
-    >>> client = connect()  # doctest: +SKIP
-    >>> client = connect("https://hub.example.org/user/ada/", token="...")  # doctest: +SKIP
+    >>> client = llmkit.connect()
+    >>> client
+    <llmkit.Client http://127.0.0.1:...>
+
+    A server elsewhere, here one that is not there:
+
+    >>> client = llmkit.connect("http://127.0.0.1:1/user/ada/", token="...")
+    Traceback (most recent call last):
+    llmkit.errors.ServerNotFound: http://127.0.0.1:1/user/ada/ does not answer.
+    Is the Jupyter server running? `jupyter server list` shows those that are.
     """
     tried: list[str] = []
     first: LLMKitError | None = None

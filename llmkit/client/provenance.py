@@ -13,6 +13,7 @@ import httpx
 
 from llmkit.client.connection import Connection, path_to
 from llmkit.client.results import Answer, Asked, Configuration, read_configuration
+from llmkit.client.stopping import Stopped
 from llmkit.errors import LLMKitError
 
 ANSWER_SECONDS = 600.0
@@ -65,7 +66,11 @@ class Prompt:
     def ask(self) -> Answer:
         """Send it and give the answer."""
         self._note()
-        told = self._connection.call("POST", "llm/inference/", json=self._body, seconds=ANSWER_SECONDS)
+        try:
+            told = self._connection.call("POST", "llm/inference/", json=self._body, seconds=ANSWER_SECONDS)
+        except KeyboardInterrupt:
+            # Its connection is closed by now, and with that the server ends the generation.
+            raise Stopped("Stopped. The server ends the answer, too.") from None
         return self.read_answer(told)
 
     def open_stream(self) -> AbstractContextManager[httpx.Response]:

@@ -44,6 +44,11 @@ class Imported(Strict):
         another configuration of this ``model_id``.
     note
         What is left to do, or why it was not taken.
+
+    Examples
+    --------
+    >>> Imported(model_id="demo", outcome="created").outcome
+    'created'
     """
 
     model_id: str
@@ -52,7 +57,13 @@ class Imported(Strict):
 
 
 class ImportedList(list[Imported]):
-    """What became of each configuration of a file; shows as a table."""
+    """What became of each configuration of a file; shows as a table.
+
+    Examples
+    --------
+    >>> ImportedList([Imported(model_id="gpt", outcome="created", note="give it its key")])
+    gpt  created    give it its key
+    """
 
     def __repr__(self) -> str:
         width = max((len(one.model_id) for one in self), default=0)

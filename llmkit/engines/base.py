@@ -330,5 +330,5 @@ def sort_kwargs(engine_type: EngineType, model_kwargs: Mapping[str, JsonValue]) 
                 detail["path"] = ".".join((paths.get((section, head), f"model_kwargs.{head}"), *rest))
                 details.append(detail)
     if details:
-        raise does_not_fit(details, hint="GET /llm/model_types/ lists every argument.")
+        raise does_not_fit(details, hint="GET /llm/model_types/ lists every argument. In Python: client.model_types().")
     return SortedKwargs(**values)

@@ -206,8 +206,8 @@ class Collector:
         known.name += name
         known.arguments.append(arguments)
 
-    def answer(self, running: Running) -> InferenceAnswer:
-        """Give the whole answer."""
+    def answer(self, running: Running, engine_version: str | None) -> InferenceAnswer:
+        """Give the whole answer of an engine of this version."""
         return InferenceAnswer(
             response="".join(self.text),
             model_id=running.answered_by or running.model_id,
@@ -216,6 +216,7 @@ class Collector:
             reasoning="".join(self.reasoning) or None,
             tool_calls=[self.tool_calls[i].to_wire() for i in sorted(self.tool_calls)] or None,
             logprobs=self.logprobs or None,
+            engine_version=engine_version,
             usage=self.usage,
             timings=running.timings(),
             cost=running.cost(),

@@ -387,6 +387,7 @@ def exists(stored: Configuration) -> ConfigurationExists:
     return ConfigurationExists(
         f"`{stored.model_id}` is configured already, and differently.",
         param="model_id",
-        hint=f"PUT /llm/configuration/{stored.config_id} changes it; another model_id makes another model.",
+        hint=f"PUT /llm/configuration/{stored.config_id} changes it; another model_id makes another model. "
+        f"In Python: client.update({stored.model_id!r}, ...).",
         details={"config_id": stored.config_id},
     )

@@ -383,7 +383,7 @@ class ModelRegistry:
         raise ConfigurationNotFound(
             f"There is no configuration {config_id[:64]!r}.",
             param="config_id",
-            hint="GET /llm/configurations/ lists them.",
+            hint="GET /llm/configurations/ lists them. In Python: client.configurations().",
         )
 
     def _for_request(self, model_id: str) -> Model:
@@ -499,7 +499,9 @@ class ModelRegistry:
         self._check_writable(stored)
         if request.model_id != stored.model_id:
             detail = {"path": "model_id", "message": f"must stay `{stored.model_id}`"}
-            raise does_not_fit([detail], hint="POST /llm/configure_model/ makes another model.")
+            raise does_not_fit(
+                [detail], hint="POST /llm/configure_model/ makes another model. In Python: client.configure(...)."
+            )
         if await self._stored.is_same(request, stored):
             return _Change(model, stored, stored)
         configuration, secret = await self._stored.prepare(request, stored)
@@ -513,7 +515,7 @@ class ModelRegistry:
         if new_engine and model.live and not reload:
             raise ModelIsLoaded(
                 f"`{stored.model_id}` is {model.status}; its engine cannot change while it runs.",
-                hint="Unload it first, or send the same with ?reload=true.",
+                hint="Unload it first, or send the same with ?reload=true. In Python: client.update(..., reload=True).",
             )
         return _Change(model, stored, configuration, secret, new_engine=new_engine)
 
@@ -533,7 +535,8 @@ class ModelRegistry:
         if model.live and not unload:
             raise ModelIsLoaded(
                 f"`{configuration.model_id}` is {model.status}.",
-                hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true.",
+                hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true. "
+                f"In Python: client.delete({configuration.model_id!r}, unload=True).",
             )
         # Out of use first, so that nobody can load it again meanwhile.
         self._retire_deleted(model)

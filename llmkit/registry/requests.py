@@ -137,7 +137,7 @@ class Requests:
                 break
             running.usage = collector.usage
             running.keep("".join(collector.text).encode("utf-8", "replace"))
-            return collector.answer(running)
+            return collector.answer(running, turn.capabilities.engine_version)
 
         return await self._run(model, running, ask, idle_ttl=options.idle_ttl, known=known)
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import random
 import string
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from support import REPOSITORY
 
 from llmkit.cli import main
 from llmkit.cli.keys_in_notebooks import check_notebook, secrets_of
@@ -172,3 +176,15 @@ def test_a_file_that_cannot_be_read_is_status_2(
 def test_a_notebook_of_another_shape_is_gone_through_all_the_same(file: Path, content: Any) -> None:
     assert found(file, content) == []
     assert found(file, {**content, "x": {"y": KEY}}) == [(None, "notebook", 1, "OpenAI key")]
+
+
+def test_the_hook_of_pre_commit_runs_a_command_that_finds_a_key(file: Path) -> None:
+    (hook,) = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text())
+    assert (hook["id"], hook["language"], hook["types"]) == ("llmkit-check", "python", ["jupyter"])
+    program, *arguments = hook["entry"].split()
+    # As pre-commit does: the program from the environment that it has installed the package into.
+    command = [str(Path(sys.executable).with_name(program)), *arguments, str(file)]
+    for source, expected in (("print(1)", 0), (f"key = '{KEY}'", 1)):
+        file.write_text(json.dumps(notebook(code(source))))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, KEY in done.stdout + done.stderr) == (expected, False), done.stderr

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import os
+import pydoc
+import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import pytest
@@ -15,6 +20,7 @@ from echo_upstream import Echo
 from support import JupyterServer, wait_until
 
 from llmkit.client import Client, batch, batch_asking, connect
+from llmkit.client.connection import Connection, Server
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, UpstreamRefusedKey
 
 ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds"]
@@ -265,6 +271,109 @@ def test_an_interrupt_ends_what_runs_on_the_server_and_says_how_to_go_on(
     assert echo.asked.total() == 12
 
 
+def test_a_comparison_that_is_stopped_half_way_goes_on_with_what_is_left(
+    client: Client, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pd.DataFrame({"n": range(6)})
+    held = asyncio.Event()
+
+    async def hang(prompt: str, times: int) -> None:
+        if prompt in ("2", "3") and times == 2:  # of the second model, at the first try
+            await held.wait()
+
+    echo.script = hang
+    wait = batch_asking.Asking.wait
+
+    def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
+        if echo.running == 2 and self.plan.model_id == "two" and len(self.done) == 2:
+            raise KeyboardInterrupt
+        return wait(self, min(seconds, 0.01))
+
+    monkeypatch.setattr(batch_asking.Asking, "wait", press_stop)
+    with pytest.raises(KeyboardInterrupt, match="2 of 6 rows are finished"):
+        client.compare(["one", "two"], data, "{n}", progress=False, concurrency=2)
+    wait_until(lambda: echo.aborted == 2, "the end of both on the server")
+    assert echo.asked.total() == 6 + 4
+    compared = client.compare(["one", "two"], data, "{n}", progress=False, concurrency=2)
+    assert compared["response"].tolist() == [f"to {n}" for n in range(6)] * 2
+    assert compared["model_id"].tolist() == ["one"] * 6 + ["two"] * 6
+    assert echo.asked.total() == 12 + 2
+
+
+class Way:
+    """Leads to a server on another way: what comes in there goes to the server's own port, and back."""
+
+    def __init__(self, server: JupyterServer, *, certificate: Path | None = None, uds: Path | None = None) -> None:
+        self._port = int(server.url.split(":")[2].split("/")[0])
+        self._certificate, self._uds = certificate, uds
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.connections = 0
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
+        return self
+
+    async def _open(self) -> None:
+        if self._uds is not None:
+            self._server: asyncio.Server = await asyncio.start_unix_server(self._lead, self._uds)
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(self._certificate))
+        self._server = await asyncio.start_server(self._lead, "127.0.0.1", 0, ssl=context)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _lead(self, come: asyncio.StreamReader, go: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        back, forth = await asyncio.open_connection("127.0.0.1", self._port)
+        await asyncio.gather(self._copy(come, forth), self._copy(back, go))
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while part := await source.read(1 << 16):
+                sink.write(part)
+                await sink.drain()
+        sink.close()
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            await sink.wait_closed()
+
+    async def _close(self) -> None:
+        self._server.close()
+        rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.wait(rest, timeout=5) if rest else None
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+def test_a_certificate_of_its_own_is_trusted_by_a_batch_where_the_client_trusts_it(
+    client: Client, server: JupyterServer, certificate: Path
+) -> None:
+    data = pd.DataFrame({"n": range(30)})
+    with Way(server, certificate=certificate) as way:
+        url = server.url.replace("http://", "https://").replace(f":{way._port}/", f":{way.port}/")
+        with connect(url, server.token, verify=str(certificate)) as over:
+            before = way.connections
+            assert ask(over, data, "{n}")["response"].tolist() == [f"to {n}" for n in range(30)]
+            assert way.connections > before
+
+
+def test_a_batch_goes_over_a_unix_socket(client: Client, server: JupyterServer) -> None:
+    data = pd.DataFrame({"n": range(30)})
+    path = Path(os.environ["LLMKIT_RUN_DIR"]) / "s"
+    with Way(server, uds=path) as way:
+        there = Server(f"http://localhost{server.base_url}", server.token, uds=str(path))
+        with Client(Connection(there)) as over:
+            before = way.connections
+            assert ask(over, data, "{n}")["response"].tolist() == [f"to {n}" for n in range(30)]
+            assert way.connections > before
+
+
 # -- schemas, several models, arguments ------------------------------------------------------------------------
 
 CITY = {
@@ -354,9 +463,15 @@ def test_a_bar_shows_how_many_rows_are_finished(
     assert "2 failed" in shown
 
 
-def test_the_method_says_the_same_defaults_as_what_it_calls() -> None:
-    told = inspect.signature(Client.map).parameters
-    for name, parameter in inspect.signature(batch._map).parameters.items():
-        if name != "client":
-            assert told[name].default == parameter.default
+def test_help_shows_every_parameter_with_its_type_and_no_more_of_how_it_is_made() -> None:
+    shown = inspect.signature(Client.map)
+    assert shown.return_annotation == "pd.DataFrame"
+    assert all(one.annotation is not one.empty for name, one in shown.parameters.items() if name != "self")
+    told = inspect.getdoc(Client.map) or ""
+    for name in shown.parameters:
+        assert name == "self" or f"{name}\n    " in told, name
+    text = pydoc.render_doc(Client.map, renderer=pydoc.plaintext)
+    assert "concurrency: 'int' = 8" in text
+    assert "patience: 'float' = 3600.0" in text
+    assert Client.map.__name__ == "map"
     assert list(batch.COLUMNS) == ADDED

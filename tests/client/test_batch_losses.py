@@ -184,6 +184,56 @@ def test_a_server_that_comes_back_at_another_port_is_found_and_no_other_is_taken
         assert not stranger.request("GET", "llm/requests/").json()["recent"]
 
 
+def start_with_another_token(server: JupyterServer) -> None:
+    server.stop()
+    server.token = "another-" + server.token
+    server._env["JUPYTER_TOKEN"] = server.token
+    server._http.headers["Authorization"] = f"token {server.token}"
+    server.start()
+
+
+def test_a_server_that_comes_back_with_another_token_is_asked_with_it_where_it_can_be_found(
+    echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pd.DataFrame({"n": range(150)})
+    with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        configure(client, echo)
+        # Here the server has noted itself, and its token.
+        monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(server.folder / "runtime"))
+        file = tmp_path / "b.jsonl"
+        running = InThread(lambda: client.map(data, "{n}", model="one", checkpoint=file, concurrency=4, progress=False))
+        wait_until(lambda: len(echo.asked) > 20, "some answers")
+        start_with_another_token(server)
+        answered = running.result()
+    assert answered["error"].isna().all()
+    assert answered["response"].tolist() == [f"to {n}" for n in range(150)]
+    assert echo.asked.total() - 150 <= 4
+
+
+def test_without_the_other_token_the_error_says_so_and_finished_rows_are_kept(
+    echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pd.DataFrame({"n": range(100)})
+    with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        configure(client, echo)
+        monkeypatch.setenv("LLMKIT_SERVER_URL", server.url)
+        monkeypatch.setenv("LLMKIT_TOKEN", server.token)
+        file = tmp_path / "b.jsonl"
+        running = InThread(lambda: client.map(data, "{n}", model="one", checkpoint=file, progress=False, patience=6))
+        wait_until(lambda: len(echo.asked) > 20, "some answers")
+        start_with_another_token(server)
+        with pytest.raises(LLMKitError) as caught:
+            running.result()
+        assert "the server refuses the token; a new `llmkit.connect()`" in str(caught.value)
+        assert f"{lines(file)} of 100 rows are finished and kept in" in caught.value.__notes__[0]
+        # With it the same call goes on.
+        with connect(server.url, server.token) as again:
+            again.load("one", progress=False)
+            answered = again.map(data, "{n}", model="one", checkpoint=file, progress=False)
+    assert answered["response"].tolist() == [f"to {n}" for n in range(100)]
+    assert echo.asked.total() - 100 <= 8
+
+
 def test_a_loss_ends_the_batch_where_that_was_asked_and_finished_rows_are_kept(echo: Echo, tmp_path: Path) -> None:
     data = pd.DataFrame({"n": range(100)})
     for more, expected in (({"on_engine_lost": "fail"}, LLMKitError), ({"patience": 0.5}, TimedOut)):

@@ -177,6 +177,7 @@ async def test_a_loaded_engine_answers_and_stop_says_what_was_freed(make: Make) 
     reports: list[LoadProgress] = []
     capabilities = await engine.start(reports.append)
     assert (capabilities.api, capabilities.max_model_len, capabilities.tools) == ("chat", 64, False)
+    assert capabilities.engine_version == "0.0.0"
     assert (reports[0], reports[-1]) == (LoadProgress("starting", 0.0), LoadProgress("ready", 1.0))
     fractions = [report.fraction for report in reports]
     assert fractions == sorted(fractions, key=float)
