@@ -62,8 +62,10 @@ def start(*, timeout: float = START_SECONDS) -> Client:
 
     Examples
     --------
-    >>> client = llmkit.start()  # doctest: +SKIP
-    >>> client.models()  # doctest: +SKIP
+    >>> import llmkit
+    >>> client = llmkit.start()
+    >>> client.health().status
+    'ok'
     """
     return _OWN.client(timeout)
 
