@@ -25,6 +25,7 @@ MOST_RECENT = 10_000
 class AskingHandler(StreamHandler):
     """Base of the handlers that put a request to a model."""
 
+    opened_by_keys = frozenset({"POST"})
     max_body_bytes = MAX_PROMPT_BYTES
 
     def priority(self) -> Priority:
@@ -70,7 +71,7 @@ class InferenceHandler(AskingHandler):
             self.introduce(requests, running)
 
         if request.inference_kwargs.get("stream") is not True:
-            answer = await requests.infer(request, priority=priority, known=known)
+            answer = await requests.infer(request, priority=priority, key=self.tool_key, known=known)
             self.name_model()
             self.answer(_plain(answer))
             return
@@ -80,7 +81,7 @@ class InferenceHandler(AskingHandler):
             await self.send(*frames)
 
         try:
-            answer = await requests.infer(request, send, priority=priority, known=known)
+            answer = await requests.infer(request, send, priority=priority, key=self.tool_key, known=known)
             self.name_model()
             await self.write_now(events_of(_plain(answer)) + b"data: [DONE]\n\n", is_last=True)
         except Exception as raised:
@@ -98,12 +99,14 @@ def _plain(answer: Any) -> dict[str, Any]:
 class RequestHandler(LLMHandler):
     """``DELETE /llm/inference/{request_id}``."""
 
+    opened_by_keys = frozenset({"DELETE"})
+
     @web.authenticated
     @authorized("execute", resource=RESOURCE)
     async def delete(self, request_id: str) -> None:
         """End a running request."""
         registry = await self.registry()
-        registry.requests.cancel(request_id)
+        registry.requests.cancel(request_id, self.tool_key)
         self.answer({"message": "Request cancelled", "request_id": request_id})
 
 

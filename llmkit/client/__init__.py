@@ -9,6 +9,7 @@ from llmkit.client.events import Watcher
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType
 from llmkit.client.streaming import AnswerStream, Piece
 from llmkit.client.transfer import ImportedList
+from llmkit.tool_keys import NewToolKey, ToolKey
 
 __all__ = [
     "Answer",
@@ -21,7 +22,9 @@ __all__ = [
     "Model",
     "ModelList",
     "ModelType",
+    "NewToolKey",
     "Piece",
+    "ToolKey",
     "Watcher",
     "connect",
 ]

@@ -17,6 +17,7 @@ from llmkit.client.loading import follow
 from llmkit.client.provenance import KnownConfigurations, Prompt
 from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
 from llmkit.client.streaming import AnswerStream, read_events
+from llmkit.client.tool_keys import ToolKeys
 from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
 from llmkit.schemas import (
@@ -41,7 +42,7 @@ PERMISSIONS = frozenset({"read", "write", "execute"})
 """Names of what Jupyter's authorizer is asked for; ``execute`` is to prompt."""
 
 
-class Client(Conversations):
+class Client(Conversations, ToolKeys):
     """Configure, load, prompt and unload the models of one Jupyter server.
 
     Made by `llmkit.connect`. Threads may share it. Every method raises an `LLMKitError` of the class that fits,
