@@ -30,6 +30,8 @@ from llmkit.schemas import MAX_CONVERSATION_BYTES
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"
 DEFAULT_PORT = 8105
+BARE_SERVICES = ("api", "auth", "security", "shutdown", "events")
+"""What ``jupyter llmkit`` has of Jupyter's own services: none that runs code or shows files."""
 RETRY_SECONDS = 2.0
 STOP_SECONDS = 14.0
 M_MMAP_THRESHOLD = -3
@@ -265,11 +267,23 @@ class LLMKitApp(ExtensionApp):
 
     # -- jupyter llmkit ------------------------------------------------------------------------------------
 
+    @classmethod
+    def make_serverapp(cls, **kwargs: Any) -> Any:
+        """Make the server of ``jupyter llmkit``, which runs nobody's code and shows nobody's files."""
+        server: Any = super().make_serverapp(**kwargs)
+        # Not in a subclass: its name would be that of its section in the operator's configuration, too.
+        server.default_services = BARE_SERVICES
+        return server
+
     def _jupyter_server_config(self) -> dict[str, Any]:
         # Jupyter applies this after the command line; ours are defaults, so what was given stays.
         config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
         given = self._server.config.get("ServerApp", {}) if self.serverapp else {}
-        return {"ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given}}
+        return {
+            "ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given},
+            # The contents manager brings /files of its own accord.
+            "ContentsManager": {"files_handler_class": None},
+        }
 
     def _print_curl_line(self) -> None:
         """Say how to reach a server that has nothing but llmkit."""

@@ -20,7 +20,8 @@ from llmkit.tool_keys import PREFIX, is_key, new_key
 @pytest.fixture(autouse=True)
 def _revoked(client: Client) -> Iterator[None]:
     yield
-    for key in client.keys():
+    keys = client.keys()
+    for key in keys:
         client.revoke_key(key.name)
 
 
