@@ -18,14 +18,15 @@ from jupyter_core.paths import jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
-from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, Unicode, default
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, TraitError, Unicode, default, validate
 
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
 from llmkit.registry.changes import Event
 from llmkit.registry.registry import ModelRegistry, Settings
-from llmkit.schemas import MAX_CONVERSATION_BYTES
+from llmkit.registry.rules import Rules, check_pattern
+from llmkit.schemas import MAX_CONFIGURATION_BYTES, MAX_CONVERSATION_BYTES, MAX_PROMPT_BYTES
 
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"
@@ -63,6 +64,29 @@ class LLMKitApp(ExtensionApp):
         help="Which environment variables may be sent to which endpoint, for example "
         "{'OPENAI_API_KEY': ['https://api.openai.com:443']}. If it is set, nothing else may be named; "
         "if not, any variable that ends in _API_KEY or _TOKEN.",
+    ).tag(config=True)
+    allow_trust_remote_code = Bool(
+        default_value=False,
+        help="Let configurations of vLLM ask for trust_remote_code: Python code that comes with a model then runs as "
+        "the account of this server, whoever wrote it.",
+    ).tag(config=True)
+    allowed_model_names = List(
+        Unicode(),
+        help="Patterns of the model_name that may be configured and loaded, for example ['Qwen/*', 'gpt-4o*']; of "
+        "another tokenizer's name, too. Empty allows every name. What `configurations` declares is not bound by this.",
+    ).tag(config=True)
+    allowed_base_urls = List(
+        Unicode(),
+        help="Where models of the type openai may be, for example ['https://api.openai.com', "
+        "'https://*.example.com/v1']: an address, or the beginning of one; *. before the host allows all of a domain. "
+        "Asked when a model is configured and when it is loaded. Empty allows every address. What `configurations` "
+        "declares is not bound by this.",
+    ).tag(config=True)
+    max_body_size = Int(
+        MAX_PROMPT_BYTES,
+        min=MAX_CONFIGURATION_BYTES,
+        max=512 << 20,
+        help="Bytes of a prompt with all that comes with it, such as images. Configurations have 1 MiB at most.",
     ).tag(config=True)
     max_in_flight = Int(
         64, min=1, help="Requests of one model that run at once, where its configuration does not say."
@@ -132,6 +156,15 @@ class LLMKitApp(ExtensionApp):
         help="Configurations that this server always has, as bodies of POST /llm/configure_model/. "
         "They are read-only; keys are named as env:NAME.",
     ).tag(config=True)
+
+    @validate("allowed_base_urls")
+    def _check_base_urls(self, proposal: Any) -> Any:
+        for pattern in proposal["value"]:
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                raise TraitError(f"allowed_base_urls: {pattern!r}: {error}") from error
+        return proposal["value"]
 
     @default("state_dir")
     def _default_state_dir(self) -> str:
@@ -205,6 +238,7 @@ class LLMKitApp(ExtensionApp):
                 state_dir=Path(self.state_dir),
                 run_dir=folder.path,
                 secret_origins=self.secret_origins,
+                rules=Rules(self.allow_trust_remote_code, self.allowed_model_names, self.allowed_base_urls),
                 max_in_flight=self.max_in_flight,
                 max_queued=self.max_queued,
                 configurations=self.configurations,

@@ -41,6 +41,8 @@ T = TypeVar("T")
 class RegistryOwner(Protocol):
     """What handlers ask of the app."""
 
+    max_body_size: int
+
     async def ready(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
         ...
@@ -100,10 +102,14 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
 
     set_secure_cookie = set_signed_cookie  # its older name, which Jupyter uses
 
+    @property
+    def app(self) -> RegistryOwner:
+        """The extension."""
+        return cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
+
     async def registry(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
-        app = cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
-        return await app.ready()
+        return await self.app.ready()
 
     # -- the request ---------------------------------------------------------------------------------------
 

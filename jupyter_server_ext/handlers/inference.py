@@ -12,7 +12,7 @@ from jupyter_server_ext.handlers.streaming import StreamHandler, events_of
 from llmkit.errors import MalformedRequest
 from llmkit.inference.running import Running
 from llmkit.registry.requests import Requests
-from llmkit.schemas import MAX_PROMPT_BYTES, InferenceRequest, Priority
+from llmkit.schemas import InferenceRequest, Priority
 
 PRIORITY_HEADER: Final = "X-LLMKit-Priority"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -26,7 +26,11 @@ class AskingHandler(StreamHandler):
     """Base of the handlers that put a request to a model."""
 
     opened_by_keys = frozenset({"POST"})
-    max_body_bytes = MAX_PROMPT_BYTES
+
+    def initialize(self, name: str) -> None:
+        """Take as much as the operator lets prompts be."""
+        super().initialize(name)
+        self.max_body_bytes = self.app.max_body_size
 
     def priority(self) -> Priority:
         """Read the class of the request."""

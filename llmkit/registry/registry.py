@@ -39,6 +39,7 @@ from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
 from llmkit.registry.readiness import Mode, Readiness
 from llmkit.registry.requests import Requests, find_for, no_engine_here
+from llmkit.registry.rules import Rules
 from llmkit.registry.secrets import KeyPolicy, Secret
 from llmkit.schemas import (
     API_VERSION,
@@ -67,6 +68,7 @@ class Settings:
     state_dir: Path
     run_dir: Path
     secret_origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
     max_in_flight: int = 64
     max_queued: int = 256
     max_loaded_models: int = 0
@@ -137,7 +139,12 @@ class ModelRegistry:
         self._changes = Changes(emit)
         self._log = logger
         self._stored = Configurations(
-            settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ, settings.url
+            settings.state_dir,
+            self.engine_types,
+            KeyPolicy(settings.secret_origins),
+            environ,
+            settings.url,
+            settings.rules,
         )
         self._models: dict[str, Model] = {}
         devices = devices or Devices()
@@ -372,6 +379,8 @@ class ModelRegistry:
         for engine_type in self.engine_types.values():
             reason = engine_type.unavailable()
             arguments = engine_type.arguments.model_json_schema()
+            for name in self._settings.rules.hidden_arguments:
+                arguments["properties"].pop(name, None)
             described.append(
                 {
                     "name": engine_type.name,
