@@ -18,7 +18,7 @@ from jupyter_core.paths import jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
-from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, TraitError, Unicode, default, validate
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, Unicode, default
 
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
@@ -157,15 +157,6 @@ class LLMKitApp(ExtensionApp):
         "They are read-only; keys are named as env:NAME.",
     ).tag(config=True)
 
-    @validate("allowed_base_urls")
-    def _check_base_urls(self, proposal: Any) -> Any:
-        for pattern in proposal["value"]:
-            try:
-                check_pattern(pattern)
-            except ValueError as error:
-                raise TraitError(f"allowed_base_urls: {pattern!r}: {error}") from error
-        return proposal["value"]
-
     @default("state_dir")
     def _default_state_dir(self) -> str:
         return os.environ.get("LLMKIT_STATE_DIR") or str(Path(jupyter_data_dir()) / "llmkit")
@@ -230,6 +221,12 @@ class LLMKitApp(ExtensionApp):
     async def _start_registry(self) -> ModelRegistry:
         folder: ServerFolder | None = None
         registry: ModelRegistry | None = None
+        for pattern in self.allowed_base_urls:
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                # Not an error of the trait, after which Jupyter would go on without what else was configured.
+                self.log.error("c.LLMKitApp.allowed_base_urls: %r allows nothing: %s.", pattern, error)
         try:
             folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
