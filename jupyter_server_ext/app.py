@@ -26,11 +26,14 @@ from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
 from llmkit.registry.changes import Event
 from llmkit.registry.registry import ModelRegistry, Settings
-from llmkit.schemas import MAX_CONVERSATION_BYTES
+from llmkit.registry.rules import Rules, check_pattern
+from llmkit.schemas import MAX_CONFIGURATION_BYTES, MAX_CONVERSATION_BYTES, MAX_PROMPT_BYTES
 
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"
 DEFAULT_PORT = 8105
+BARE_SERVICES = ("api", "auth", "security", "shutdown", "events")
+"""What ``jupyter llmkit`` has of Jupyter's own services: none that runs code or shows files."""
 RETRY_SECONDS = 2.0
 STOP_SECONDS = 14.0
 OWNER_CHECK_SECONDS = 0.5
@@ -63,6 +66,29 @@ class LLMKitApp(ExtensionApp):
         help="Which environment variables may be sent to which endpoint, for example "
         "{'OPENAI_API_KEY': ['https://api.openai.com:443']}. If it is set, nothing else may be named; "
         "if not, any variable that ends in _API_KEY or _TOKEN.",
+    ).tag(config=True)
+    allow_trust_remote_code = Bool(
+        default_value=False,
+        help="Let configurations of vLLM ask for trust_remote_code: Python code that comes with a model then runs as "
+        "the account of this server, whoever wrote it.",
+    ).tag(config=True)
+    allowed_model_names = List(
+        Unicode(),
+        help="Patterns of the model_name that may be configured and loaded, for example ['Qwen/*', 'gpt-4o*']; of "
+        "another tokenizer's name, too. Empty allows every name. What `configurations` declares is not bound by this.",
+    ).tag(config=True)
+    allowed_base_urls = List(
+        Unicode(),
+        help="Where models of the type openai may be, for example ['https://api.openai.com', "
+        "'https://*.example.com/v1']: an address, or the beginning of one; *. before the host allows all of a domain. "
+        "Asked when a model is configured and when it is loaded. Empty allows every address. What `configurations` "
+        "declares is not bound by this.",
+    ).tag(config=True)
+    max_body_size = Int(
+        MAX_PROMPT_BYTES,
+        min=MAX_CONFIGURATION_BYTES,
+        max=512 << 20,
+        help="Bytes of a prompt with all that comes with it, such as images. Configurations have 1 MiB at most.",
     ).tag(config=True)
     max_in_flight = Int(
         64, min=1, help="Requests of one model that run at once, where its configuration does not say."
@@ -206,6 +232,12 @@ class LLMKitApp(ExtensionApp):
     async def _start_registry(self) -> ModelRegistry:
         folder: ServerFolder | None = None
         registry: ModelRegistry | None = None
+        for pattern in self.allowed_base_urls:
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                # Not an error of the trait, after which Jupyter would go on without what else was configured.
+                self.log.error("c.LLMKitApp.allowed_base_urls: %r allows nothing: %s.", pattern, error)
         try:
             folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
@@ -214,6 +246,7 @@ class LLMKitApp(ExtensionApp):
                 state_dir=Path(self.state_dir),
                 run_dir=folder.path,
                 secret_origins=self.secret_origins,
+                rules=Rules(self.allow_trust_remote_code, self.allowed_model_names, self.allowed_base_urls),
                 max_in_flight=self.max_in_flight,
                 max_queued=self.max_queued,
                 configurations=self.configurations,
@@ -288,11 +321,23 @@ class LLMKitApp(ExtensionApp):
 
     # -- jupyter llmkit ------------------------------------------------------------------------------------
 
+    @classmethod
+    def make_serverapp(cls, **kwargs: Any) -> Any:
+        """Make the server of ``jupyter llmkit``, which runs nobody's code and shows nobody's files."""
+        server: Any = super().make_serverapp(**kwargs)
+        # Not in a subclass: its name would be that of its section in the operator's configuration, too.
+        server.default_services = BARE_SERVICES
+        return server
+
     def _jupyter_server_config(self) -> dict[str, Any]:
         # Jupyter applies this after the command line; ours are defaults, so what was given stays.
         config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
         given = self._server.config.get("ServerApp", {}) if self.serverapp else {}
-        return {"ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given}}
+        return {
+            "ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given},
+            # The contents manager brings /files of its own accord.
+            "ContentsManager": {"files_handler_class": None},
+        }
 
     def _print_curl_line(self) -> None:
         """Say how to reach a server that has nothing but llmkit."""

@@ -21,11 +21,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 from tornado import web
 
+from jupyter_server_ext.handlers.key_identity import KeyIdentity, given_key
 from llmkit import errors
 from llmkit.engines.base import does_not_fit, validation_details
 from llmkit.errors import LLMKitError
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import MAX_CONFIGURATION_BYTES
+from llmkit.tool_keys import ToolKey
 
 RESOURCE = "llm"
 MAX_DEPTH = 64
@@ -39,6 +41,8 @@ T = TypeVar("T")
 class RegistryOwner(Protocol):
     """What handlers ask of the app."""
 
+    max_body_size: int
+
     async def ready(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
         ...
@@ -49,16 +53,32 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     """Base of all handlers under ``/llm``.
 
     The body is taken as a stream, so that who is not allowed in, or sends too much, fills no memory.
+
+    Attributes
+    ----------
+    opened_by_keys
+        The methods that keys for tools open; a new endpoint has none unless it says so.
+    tool_key
+        The key for tools that the request came with; None for a user of the server.
     """
 
     max_body_bytes = MAX_CONFIGURATION_BYTES
     max_values = MAX_VALUES
+    opened_by_keys: frozenset[str] = frozenset()
+    tool_key: ToolKey | None = None
 
     def initialize(self, name: str) -> None:
         """Keep nothing of a body until it is known who sends it."""
         self._body: list[bytes] | None = None
         self._body_bytes = 0
+        key = given_key(self.request)
+        self._key_identity = KeyIdentity(key) if key is not None else None
         super().initialize(name)
+
+    @property
+    def identity_provider(self) -> Any:
+        """The server's own, but for a request that comes with a key for tools: the key alone says who asks."""
+        return self._key_identity or super().identity_provider
 
     async def prepare(self) -> None:  # type: ignore[override]  # as in Jupyter's own API handlers
         """Let in who may, before the body is read."""
@@ -82,10 +102,14 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
 
     set_secure_cookie = set_signed_cookie  # its older name, which Jupyter uses
 
+    @property
+    def app(self) -> RegistryOwner:
+        """The extension."""
+        return cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
+
     async def registry(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
-        app = cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
-        return await app.ready()
+        return await self.app.ready()
 
     # -- the request ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from jupyter_server_ext.handlers.streaming import StreamHandler, events_of
 from llmkit.errors import MalformedRequest
 from llmkit.inference.running import Running
 from llmkit.registry.requests import Requests
-from llmkit.schemas import MAX_PROMPT_BYTES, InferenceRequest, Priority
+from llmkit.schemas import InferenceRequest, Priority
 
 PRIORITY_HEADER: Final = "X-LLMKit-Priority"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -25,7 +25,12 @@ MOST_RECENT = 10_000
 class AskingHandler(StreamHandler):
     """Base of the handlers that put a request to a model."""
 
-    max_body_bytes = MAX_PROMPT_BYTES
+    opened_by_keys = frozenset({"POST"})
+
+    def initialize(self, name: str) -> None:
+        """Take as much as the operator lets prompts be."""
+        super().initialize(name)
+        self.max_body_bytes = self.app.max_body_size
 
     def priority(self) -> Priority:
         """Read the class of the request."""
@@ -70,7 +75,7 @@ class InferenceHandler(AskingHandler):
             self.introduce(requests, running)
 
         if request.inference_kwargs.get("stream") is not True:
-            answer = await requests.infer(request, priority=priority, known=known)
+            answer = await requests.infer(request, priority=priority, key=self.tool_key, known=known)
             self.name_model()
             self.answer(_plain(answer))
             return
@@ -80,7 +85,7 @@ class InferenceHandler(AskingHandler):
             await self.send(*frames)
 
         try:
-            answer = await requests.infer(request, send, priority=priority, known=known)
+            answer = await requests.infer(request, send, priority=priority, key=self.tool_key, known=known)
             self.name_model()
             await self.write_now(events_of(_plain(answer)) + b"data: [DONE]\n\n", is_last=True)
         except Exception as raised:
@@ -98,12 +103,14 @@ def _plain(answer: Any) -> dict[str, Any]:
 class RequestHandler(LLMHandler):
     """``DELETE /llm/inference/{request_id}``."""
 
+    opened_by_keys = frozenset({"DELETE"})
+
     @web.authenticated
     @authorized("execute", resource=RESOURCE)
     async def delete(self, request_id: str) -> None:
         """End a running request."""
         registry = await self.registry()
-        registry.requests.cancel(request_id)
+        registry.requests.cancel(request_id, self.tool_key)
         self.answer({"message": "Request cancelled", "request_id": request_id})
 
 

@@ -44,7 +44,9 @@ class OpenAIHandler(AskingHandler):
             await self.write_now(events, is_last=is_last)
 
         try:
-            answer = await requests.relay(api, body, write, priority=priority, headers=headers or None, known=known)
+            answer = await requests.relay(
+                api, body, write, priority=priority, headers=headers or None, key=self.tool_key, known=known
+            )
         except Exception as raised:
             if not self._headers_written:
                 raise
@@ -68,6 +70,7 @@ class OpenAIHandler(AskingHandler):
 class OpenAIModelsHandler(LLMHandler):
     """``GET /llm/v1/models``."""
 
+    opened_by_keys = frozenset({"GET"})
     _track_activity = False
 
     @web.authenticated
@@ -75,12 +78,13 @@ class OpenAIModelsHandler(LLMHandler):
     async def get(self) -> None:
         """List the models that can be asked now."""
         registry = await self.registry()
-        self.answer({"object": "list", "data": registry.openai_models()})
+        self.answer({"object": "list", "data": registry.openai_models(self.tool_key)})
 
 
 class OpenAIModelHandler(LLMHandler):
     """``GET /llm/v1/models/{model_id}``."""
 
+    opened_by_keys = frozenset({"GET"})
     _track_activity = False
 
     @web.authenticated
@@ -88,4 +92,4 @@ class OpenAIModelHandler(LLMHandler):
     async def get(self, model_id: str) -> None:
         """Answer one model, whether it can be asked now or not."""
         registry = await self.registry()
-        self.answer(registry.openai_model(model_id))
+        self.answer(registry.openai_model(model_id, self.tool_key))

@@ -18,6 +18,7 @@ LEAST_KINDS: Final = 8
 # end in the printed form of a text ends with a letter.
 _BEFORE: Final = r"(?:(?<![A-Za-z0-9_+/\-])|(?<=\\[nrt]))"
 _KINDS: Final = {
+    "llmkit key": ("llmkit-", r"[A-Za-z0-9]{43}(?![A-Za-z0-9])"),
     "Anthropic key": ("sk-ant-", r"[A-Za-z0-9_\-]{16,}"),
     "OpenAI key": ("sk-", r"[A-Za-z0-9_\-]{16,}"),
     "Hugging Face token": ("hf_", r"[A-Za-z0-9]{20,}"),

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from datetime import datetime, timedelta
 from typing import Any
 
 KEY = "api_key"
+
+_DURATION = re.compile(r"([0-9]{1,5})([mhd])")
+_UNITS = {"m": 60, "h": 3600, "d": 86400}
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -36,6 +41,23 @@ def assignment_without_key(text: str) -> tuple[str, Any]:
                 "variable of the server"
             )
     return name, value
+
+
+def end_of_key(text: str) -> timedelta | datetime:
+    """Read a duration such as ``30d``, or a day or time such as ``2030-01-31``, in this machine's time zone.
+
+    Examples
+    --------
+    >>> end_of_key("12h")
+    datetime.timedelta(seconds=43200)
+    """
+    duration = _DURATION.fullmatch(text)
+    if duration:
+        return timedelta(seconds=int(duration[1]) * _UNITS[duration[2]])
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a duration (30d, 12h, 90m) nor a date") from None
 
 
 def truth(text: str) -> bool:

@@ -10,6 +10,7 @@ from llmkit.client.results import Answer, Configuration, Model, ModelList, Model
 from llmkit.client.starting import start
 from llmkit.client.streaming import AnswerStream, Piece
 from llmkit.client.transfer import ImportedList
+from llmkit.tool_keys import NewToolKey, ToolKey
 
 __all__ = [
     "Answer",
@@ -22,7 +23,9 @@ __all__ = [
     "Model",
     "ModelList",
     "ModelType",
+    "NewToolKey",
     "Piece",
+    "ToolKey",
     "Watcher",
     "connect",
     "start",

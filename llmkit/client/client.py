@@ -19,6 +19,7 @@ from llmkit.client.results import Answer, Configuration, Model, ModelList, Model
 from llmkit.client.stopping import Stopped
 from llmkit.client.streaming import AnswerStream, read_events
 from llmkit.client.tables import Tables
+from llmkit.client.tool_keys import ToolKeys
 from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
 from llmkit.schemas import (
@@ -42,7 +43,7 @@ PERMISSIONS = frozenset({"read", "write", "execute"})
 """Names of what Jupyter's authorizer is asked for; ``execute`` is to prompt."""
 
 
-class Client(Tables, Conversations):
+class Client(Tables, Conversations, ToolKeys):
     """Configure, load, prompt and unload the models of one Jupyter server.
 
     Made by `llmkit.connect`. Threads may share it. Every method raises an `LLMKitError` of the class that fits,

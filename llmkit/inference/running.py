@@ -36,6 +36,8 @@ class Running:
     request_id: str = field(default_factory=new_request_id)
     priority: Priority = "interactive"
     stream: bool = False
+    key: str | None = None
+    """Name of the key for tools that it came with."""
     task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
     error: LLMKitError | None = None
     """Why somebody else ended it."""

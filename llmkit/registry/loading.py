@@ -101,6 +101,7 @@ class Loader:
         unavailable = engine_type.unavailable()
         if unavailable is not None:
             raise unavailable
+        self._stored.check_allowed(configuration)
         self._unreleased.discard(configuration.config_id)
         await self._claim(configuration)
         estimate = await self._estimate(configuration)
@@ -175,6 +176,7 @@ class Loader:
         unavailable = self._stored.engine_type(configuration).unavailable()
         if unavailable is not None:
             raise unavailable
+        self._stored.check_allowed(configuration)
         estimate = await self._estimate(configuration)
         head = {"model_id": configuration.model_id, "config_id": configuration.config_id}
         if estimate is None:

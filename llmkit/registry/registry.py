@@ -34,10 +34,12 @@ from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.conversations import MOST, MOST_BYTES, Conversations
 from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
+from llmkit.registry.keys import ToolKeys
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
 from llmkit.registry.readiness import Mode, Readiness
-from llmkit.registry.requests import Requests, no_engine_here
+from llmkit.registry.requests import Requests, find_for, no_engine_here
+from llmkit.registry.rules import Rules
 from llmkit.registry.secrets import KeyPolicy, Secret
 from llmkit.schemas import (
     API_VERSION,
@@ -47,6 +49,7 @@ from llmkit.schemas import (
     ModelConfigRequest,
     Snapshot,
 )
+from llmkit.tool_keys import ToolKey
 
 REFRESH_SECONDS = 0.5
 EXPIRY_SECONDS = 0.25
@@ -65,6 +68,7 @@ class Settings:
     state_dir: Path
     run_dir: Path
     secret_origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
     max_in_flight: int = 64
     max_queued: int = 256
     max_loaded_models: int = 0
@@ -117,6 +121,8 @@ class ModelRegistry:
         Prompts go there.
     conversations
         Those that are kept.
+    keys
+        Keys for tools.
     """
 
     def __init__(
@@ -133,7 +139,12 @@ class ModelRegistry:
         self._changes = Changes(emit)
         self._log = logger
         self._stored = Configurations(
-            settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ, settings.url
+            settings.state_dir,
+            self.engine_types,
+            KeyPolicy(settings.secret_origins),
+            environ,
+            settings.url,
+            settings.rules,
         )
         self._models: dict[str, Model] = {}
         devices = devices or Devices()
@@ -173,6 +184,7 @@ class ModelRegistry:
         self.conversations = Conversations(
             settings.state_dir, most=settings.max_conversations, most_bytes=settings.max_conversation_bytes
         )
+        self.keys = ToolKeys(settings.state_dir, logger)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._behind = False
@@ -200,8 +212,10 @@ class ModelRegistry:
                 # The operator reads the log; the other models are served meanwhile.
                 self._log.error("c.LLMKitApp.configurations: %s", error)
         await self._history.open()
+        await self.keys.catch_up()
         self._metrics.show()
         self._spawn(self._follow_other_servers())
+        self._spawn(self.keys.follow())
         self._spawn(self._expire())
         self._spawn(self._readiness.watch())
 
@@ -225,6 +239,7 @@ class ModelRegistry:
         self._metrics.hide()
         await self._history.close()
         await self.conversations.close()
+        await self.keys.close()
         await self._stored.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -241,7 +256,8 @@ class ModelRegistry:
 
     def health(self) -> Health:
         """Say whether registry and store are well."""
-        problems = [*self._stored.problems(), *self._history.problems(), *self.conversations.problems()]
+        parts = (self._stored, self._history, self.conversations, self.keys)
+        problems = [problem for part in parts for problem in part.problems()]
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,
@@ -333,14 +349,15 @@ class ModelRegistry:
         """Give the ``model_id`` of every loaded model."""
         return [m.configuration.model_id for m in self._models.values() if m.status == "loaded"]
 
-    def openai_models(self) -> list[dict[str, Any]]:
+    def openai_models(self, key: ToolKey | None = None) -> list[dict[str, Any]]:
         """Give the models that can be asked now, loaded or loaded by a request, as OpenAI's API lists models."""
         models = (model for model in self._models.values() if model.status == "loaded" or model.configuration.auto_load)
-        return [self.openai_model(model.configuration.model_id) for model in models]
+        ids = (model.configuration.model_id for model in models)
+        return [self.openai_model(model_id) for model_id in ids if key is None or key.allows(model_id)]
 
-    def openai_model(self, model_id: str) -> dict[str, Any]:
+    def openai_model(self, model_id: str, key: ToolKey | None = None) -> dict[str, Any]:
         """Give one model as OpenAI's API tells of models, or raise `ModelNotFound`."""
-        model = self._by_model_id(model_id).snapshot()
+        model = find_for(key, self._by_model_id, model_id).snapshot()
         return {
             "id": model.model_id,
             "object": "model",
@@ -362,6 +379,8 @@ class ModelRegistry:
         for engine_type in self.engine_types.values():
             reason = engine_type.unavailable()
             arguments = engine_type.arguments.model_json_schema()
+            for name in self._settings.rules.hidden_arguments:
+                arguments["properties"].pop(name, None)
             described.append(
                 {
                     "name": engine_type.name,

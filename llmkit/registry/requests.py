@@ -37,6 +37,7 @@ from llmkit.inference.running import Running
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
 from llmkit.schemas import InferenceAnswer, InferenceRequest, Outcome, Priority, RequestList, RunningRequest
+from llmkit.tool_keys import ToolKey
 
 CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that has left before its answer."""
@@ -86,6 +87,7 @@ class Requests:
         send: Send | None = None,
         *,
         priority: Priority = "interactive",
+        key: ToolKey | None = None,
         known: Known | None = None,
     ) -> InferenceAnswer:
         """Answer a prompt.
@@ -98,6 +100,8 @@ class Requests:
             Called with the frames of a streamed answer, as many at once as have come, and awaited before more is read.
         priority
             The class of the request in the queue.
+        key
+            The key for tools that it came with: it asks only the models that this one may, also as a fallback.
         known
             Called once, with the request, before anything is waited for.
 
@@ -106,8 +110,8 @@ class Requests:
         LLMKitError
         """
         options = read_options(request)
-        model = self._find(request.model_id)
-        running = Running(request.model_id, "inference", priority=priority, stream=send is not None)
+        model = find_for(key, self._find, request.model_id)
+        running = Running(request.model_id, "inference", priority=priority, stream=send is not None, key=_name_of(key))
         if options.request_id is not None:
             running.request_id = options.request_id
         if running.request_id in self._running:
@@ -139,7 +143,7 @@ class Requests:
             running.keep("".join(collector.text).encode("utf-8", "replace"))
             return collector.answer(running, turn.capabilities.engine_version)
 
-        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, known=known)
+        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known)
 
     async def relay(
         self,
@@ -149,6 +153,7 @@ class Requests:
         *,
         priority: Priority = "interactive",
         headers: Mapping[str, str] | None = None,
+        key: ToolKey | None = None,
         known: Known | None = None,
     ) -> WholeAnswer | None:
         """Answer a request of OpenAI's API, with the engine's own words.
@@ -161,7 +166,7 @@ class Requests:
             OpenAI's; ``model`` is a ``model_id``.
         write
             Takes whole events of a streamed answer, and is awaited before more is read.
-        priority, known
+        priority, key, known
             As in `infer`.
         headers
             Of the client's request, those that the engine may see.
@@ -175,8 +180,9 @@ class Requests:
         ------
         LLMKitError
         """
-        model = self._find(openai_api.model_of(body))
-        running = Running(model.configuration.model_id, api, priority=priority, stream=openai_api.is_stream(body))
+        model = find_for(key, self._find, openai_api.model_of(body))
+        model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
+        running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key))
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
@@ -204,7 +210,7 @@ class Requests:
                     break
             return answer
 
-        return await self._run(model, running, ask, known=known)
+        return await self._run(model, running, ask, key=key, known=known)
 
     async def _run(
         self,
@@ -213,6 +219,7 @@ class Requests:
         ask: Callable[[Model, Turn], Awaitable[T]],
         *,
         idle_ttl: float | None = None,
+        key: ToolKey | None = None,
         known: Known | None = None,
     ) -> T:
         """Ask a model, or its fallback, and note how it ends."""
@@ -232,7 +239,7 @@ class Requests:
                     break
                 except LLMKitError as error:
                     tried.append(model)
-                    following = self._fallback_of(model, error, tried)
+                    following = self._fallback_of(model, error, tried, key)
                     if following is None or running.answering:
                         raise
                     model = following
@@ -252,11 +259,13 @@ class Requests:
             del self._running[running.request_id]
             self._note(running, outcome, int(status), code)
 
-    def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model]) -> Model | None:
+    def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model], key: ToolKey | None) -> Model | None:
         """Give the model to ask instead, or None."""
         name = model.configuration.fallback
         failed = isinstance(error, ModelNotLoaded) and model.status == "failed"
         if name is None or not (failed or isinstance(error, _WORTH_ANOTHER)):
+            return None
+        if key is not None and not key.allows(name):
             return None
         try:
             following = self._find(name)
@@ -311,10 +320,10 @@ class Requests:
         recent = await self._history.recent(limit, model_id)
         return RequestList(running=self.running(model_id), recent=recent)
 
-    def cancel(self, request_id: str) -> None:
-        """End a running request, or raise `RequestNotFound`."""
+    def cancel(self, request_id: str, key: ToolKey | None = None) -> None:
+        """End a running request, with a key for tools only one of its own, or raise `RequestNotFound`."""
         running = self._running.get(request_id)
-        if running is None:
+        if running is None or (key is not None and running.key != key.name):
             raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
         running.abort(RequestCancelled("The request was cancelled.", hint="Somebody deleted it by its request_id."))
 
@@ -325,6 +334,24 @@ def no_engine_here(model: Model) -> NotSupported:
         f"`{model.configuration.model_id}` runs elsewhere; this is possible only with an engine of this server.",
         param="model",
     )
+
+
+def find_for(key: ToolKey | None, find: Callable[[str], Model], model_id: str) -> Model:
+    """Give a model that a key may ask, or raise `ModelNotFound`, which tells nothing of the names of others."""
+    if key is None:
+        return find(model_id)
+    with suppress(ModelNotFound):
+        if key.allows(model_id):
+            return find(model_id)
+    raise ModelNotFound(
+        f"There is no model {model_id[:128]!r} for the key `{key.name}`.",
+        param="model_id",
+        hint="GET /llm/v1/models lists those that it may ask.",
+    )
+
+
+def _name_of(key: ToolKey | None) -> str | None:
+    return None if key is None else key.name
 
 
 def _tries(http: EngineHTTP) -> tuple[bool, ...]:

@@ -123,6 +123,9 @@ class VLLMArguments(Strict):
     limit_mm_per_prompt: MediaLimits | None = _option(
         "other", 'Images, videos and sounds in one prompt, for example {"image": 2}.'
     )
+    trust_remote_code: bool | None = _option(
+        "other", "Run code that comes with the model; only where the operator of the server allows it."
+    )
     scheduling_policy: Literal["fcfs", "priority"] | None = _option("other", "Order of waiting requests.")
 
 

@@ -65,11 +65,11 @@ EVERY_ARGUMENT: dict[str, Any] = {
     "chat_template_content_format": "string",
     "default_chat_template_kwargs": {"enable_thinking": False},
     "limit_mm_per_prompt": {"image": 2},
+    "trust_remote_code": True,
     "scheduling_policy": "priority",
 }
 
 REFUSED = (
-    "trust_remote_code",
     "worker_cls",
     "worker_extension_cls",
     "logits_processors",

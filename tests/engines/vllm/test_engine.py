@@ -114,7 +114,7 @@ def test_other_systems_are_told_what_works(platform: str, monkeypatch: pytest.Mo
         ({"model_name": "-O3"}, "model_name"),
         ({"model_id": "None"}, "model_id"),
         ({"model_kwargs": {"enable_auto_tool_choice": True}}, "model_kwargs.enable_auto_tool_choice"),
-        ({"model_kwargs": {"trust_remote_code": True}}, "model_kwargs.trust_remote_code"),
+        ({"model_kwargs": {"worker_cls": "a.B"}}, "model_kwargs.worker_cls"),
     ],
 )
 def test_what_cannot_be_handed_to_vllm_is_refused(fields: dict[str, Any], path: str) -> None:
