@@ -17,7 +17,7 @@ import aiohttp
 from benchmarks.processes import EXTENSIONS
 from fake_engine_type import PLUGIN
 from scripted_upstream import MODEL, ScriptedUpstream
-from support import JupyterServer, wait_until
+from support import REPOSITORY, JupyterServer, wait_until
 from yarl import URL
 
 API = Literal["v1", "inference"]
@@ -139,7 +139,7 @@ def relayed(
     plugin
         Whether the model type ``fake`` is installed.
     """
-    places = [PLUGIN["PYTHONPATH"] if plugin else str(Path(__file__).parent), str(EXTENSIONS)]
+    places = [str(REPOSITORY), PLUGIN["PYTHONPATH"] if plugin else str(Path(__file__).parent), str(EXTENSIONS)]
     kwargs = {"max_retries": 0, **fields.pop("model_kwargs", {})}
     with (
         ScriptedUpstream() as upstream,
