@@ -128,7 +128,12 @@ class Relayed:
 
 @contextmanager
 def relayed(
-    *, extensions: Sequence[str] = (), env: Mapping[str, str] | None = None, plugin: bool = False, **fields: Any
+    *,
+    extensions: Sequence[str] = (),
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    plugin: bool = False,
+    **fields: Any,
 ) -> Iterator[Relayed]:
     """Run a server with the model ``m``; `fields` are of its configuration.
 
@@ -136,6 +141,8 @@ def relayed(
     ----------
     extensions
         More server extensions: ``probe_extension``, ``bench_loop``.
+    args, env
+        More arguments and environment variables of the server.
     plugin
         Whether the model type ``fake`` is installed.
     """
@@ -144,7 +151,10 @@ def relayed(
     with (
         ScriptedUpstream() as upstream,
         JupyterServer(
-            args=[f"--ServerApp.jpserver_extensions={name}=True" for name in ("jupyter_server_ext", *extensions)],
+            args=[
+                *(f"--ServerApp.jpserver_extensions={name}=True" for name in ("jupyter_server_ext", *extensions)),
+                *args,
+            ],
             env={"PYTHONPATH": os.pathsep.join(places), **(env or {})},
         ) as server,
     ):
