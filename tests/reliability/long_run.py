@@ -2,13 +2,13 @@
 
 .. code-block:: text
 
-    make long-run ENGINE=fake MINUTES=20    (python tests/reliability/long_run.py --engine=fake --minutes=20)
-    make long-run ENGINE=vllm MINUTES=10    (python tests/reliability/long_run.py --engine=vllm --minutes=10)
+    make long-run ENGINE=fake MINUTES=20
+    make long-run ENGINE=vllm MINUTES=10
 
 Streams read to their end and left at a random token, loads, cancelled loads, engines killed, configurations made and
 deleted, conversations, kernels with a panel started and restarted, all at once. Every few seconds the server's memory,
-descriptors, threads, processes, tasks and files are looked at. Nothing may grow between the second and the last fifth of
-the run, nor between rest before and rest after (`long_run_figures` has what is tolerated), the record of requests stays
+descriptors, threads, processes, tasks and files are looked at. Nothing may grow between the second and the last fifth
+of the run, nor between rest before and rest after (`long_run_figures` has what is tolerated), the record stays
 within its bound, and nothing is left when the server has ended. The exit status is 1 if something was found.
 """
 
@@ -44,7 +44,6 @@ RESULTS: Final = Path(__file__).with_name("results")
 MAX_RECORD_BYTES: Final = 1 << 20
 RECORD_SLACK_BYTES: Final = 6 << 20
 """Of the file beside the record itself: pages that are free again, and SQLite's log."""
-REST_SECONDS: Final = 45.0
 FAKE: Final = {"model_type": "fake", "model_name": "any --setsid --phase-seconds=0.1 --tokens-per-second=100"}
 
 
@@ -56,6 +55,8 @@ class Settings:
     seconds: float = 1200.0
     warm_up: float = 60.0
     interval: float = 3.0
+    rest: float = 45.0
+    """So long may it take until what was held is given back: idle connections are kept for some seconds."""
     env: Mapping[str, str] = field(default_factory=dict)
 
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -78,14 +79,14 @@ def run(settings: Settings) -> dict[str, Any]:
             work.start()
             time.sleep(settings.warm_up)
             work.end()
-            rests.append(rest(look, None))
+            rests.append(rest(look, settings.rest))
             work.start()
             began = time.monotonic()
             while (elapsed := time.monotonic() - began) < settings.seconds:
                 samples.append({"seconds": elapsed, **look()})
                 time.sleep(settings.interval)
             work.end()
-            rests.append(rest(look, rests[0]))
+            rests.append(rest(look, settings.rest, rests[0]))
             server, run_dir = running.server, running.server.run_dir
             assert server.process is not None
             family = psutil.Process(server.process.pid).children(recursive=True)
@@ -103,7 +104,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return figures
 
 
-def rest(look: Look, before: Mapping[str, float] | None) -> dict[str, float]:
+def rest(look: Look, seconds: float, before: Mapping[str, float] | None = None) -> dict[str, float]:
     """Look at the server when nothing is asked of it; wait a while for what was held to be given back."""
     found = look()
 
@@ -117,7 +118,7 @@ def rest(look: Look, before: Mapping[str, float] | None) -> dict[str, float]:
         return found["processes"] == 0 and all(previous[name] == found[name] for name in counted)
 
     with contextlib.suppress(AssertionError):  # what has grown is told with the figures
-        wait_until(quiet, "rest", REST_SECONDS, 0.0)
+        wait_until(quiet, "rest", seconds, 0.0)
     return found
 
 
