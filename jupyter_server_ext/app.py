@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from jupyter_core.paths import jupyter_data_dir
+from jupyter_core.paths import is_hidden, jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
@@ -239,6 +239,7 @@ class LLMKitApp(ExtensionApp):
                 # Not an error of the trait, after which Jupyter would go on without what else was configured.
                 self.log.error("c.LLMKitApp.allowed_base_urls: %r allows nothing: %s.", pattern, error)
         try:
+            await asyncio.to_thread(self._check_places)
             folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
                 self.log.warning("Ended an engine that a killed server had left: %s", engine)
@@ -278,6 +279,24 @@ class LLMKitApp(ExtensionApp):
             ) from error
         self._registry, self._folder = registry, folder
         return registry
+
+    def _check_places(self) -> None:
+        """Keep keys out of what the server serves as files, to whoever may read files; logs there are warned of."""
+        contents = self._server.contents_manager
+        root, shows_hidden = Path(self._server.root_dir), bool(getattr(contents, "allow_hidden", False))
+        if _is_served(Path(self.state_dir), root, shows_hidden=shows_hidden):
+            raise NotReady(
+                f"The folder of configurations and keys, {self.state_dir}, lies among the files that this server "
+                f"serves ({root}): whoever may read files could read the keys.",
+                hint="Set LLMKIT_STATE_DIR to a folder outside of it, or in one whose name begins with a dot.",
+            )
+        if _is_served(Path(self.run_dir), root, shows_hidden=shows_hidden):
+            self.log.warning(
+                "The folder of logs and sockets, %s, lies among the files that this server serves (%s). "
+                "Set LLMKIT_RUN_DIR to a short path outside of it.",
+                self.run_dir,
+                root,
+            )
 
     async def stop_extension(self) -> None:
         """End every engine. May be called twice, as by two SIGTERMs; raises nothing, and has an end."""
@@ -354,6 +373,12 @@ class LLMKitApp(ExtensionApp):
         print(
             f"\nllmkit serves {server.base_url}llm on port {server.port}. Try:\n\n    curl {header}{url}\n", flush=True
         )
+
+
+def _is_served(folder: Path, root: Path, *, shows_hidden: bool) -> bool:
+    """Say whether Jupyter's file server serves a folder: it lies below the root, and is not hidden as it means it."""
+    folder, root = folder.expanduser().resolve(), root.expanduser().resolve()
+    return folder.is_relative_to(root) and (shows_hidden or not is_hidden(folder, root))
 
 
 def _give_large_memory_back() -> None:

@@ -34,6 +34,9 @@ MAX_DEPTH = 64
 MAX_VALUES = 100_000
 PARSE_IN_THREAD_BYTES = 256 << 10
 _MAY_OVERFLOW = re.compile(rb"\d[eE]|\d{300}")
+_LOGGED_CHARACTERS = 300
+_LOGGED_HEADERS = frozenset({"Host", "Accept", "Referer", "User-Agent"})
+"""That Jupyter writes into its log with a request that failed."""
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
@@ -222,6 +225,9 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         unread = self.get_status() < HTTPStatus.MULTIPLE_CHOICES and not _is_read(self.log, logging.DEBUG)
         # An operator's own function logs what it likes.
         if not (unread and isinstance(log, partial) and log.func is log_request):
+            self.request.uri = _for_log(self.request.uri or "")
+            for name in _LOGGED_HEADERS & self.request.headers.keys():
+                self.request.headers[name] = _for_log(self.request.headers[name])
             super()._log()
         elif log.keywords.get("record_prometheus_metrics", True):
             prometheus_log_method(self)  # type: ignore[no-untyped-call]  # all else that Jupyter's log does
@@ -247,6 +253,13 @@ class UnknownPathHandler(LLMHandler):
 
     # The one exception to a decorated method a handler: the same class, action and resource.
     post = put = delete = patch = get
+
+
+def _for_log(text: str) -> str:
+    """Cut and escape what a client has sent, so that it neither fills a log nor steers the terminal that shows it."""
+    if len(text) > _LOGGED_CHARACTERS:
+        text = text[:_LOGGED_CHARACTERS] + "..."
+    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def _is_read(logger: logging.Logger, level: int) -> bool:

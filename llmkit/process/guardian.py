@@ -42,6 +42,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PARENT_CHECK_SECONDS = 1.0
 _LONGEST_PAUSE = 0.05
 _TRACKER_SECONDS = 1.0
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where Linux has it
+_GROUP_FILE = "vllm_dist_"
+"""What the file begins with through which vLLM's workers find each other, and the name of their shared memory."""
 
 
 class Process(NamedTuple):
@@ -224,7 +227,11 @@ def remove(path: str) -> None:
 
 
 def remove_run_dir(run_dir: str) -> None:
-    """Remove an engine's folder, its record last: what is left half-way is found again by it."""
+    """Remove an engine's folder, its record last: what is left half-way is found again by it.
+
+    With it goes the shared memory that bears the name of a file in it: that of vLLM's workers on CPUs, which removes
+    itself only where they end in peace.
+    """
     import shutil  # not needed until the end
 
     record = os.path.join(run_dir, RECORD)
@@ -236,10 +243,19 @@ def remove_run_dir(run_dir: str) -> None:
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
         elif entry.path != record:
+            if entry.name.startswith(_GROUP_FILE):
+                _remove_shared_memory(entry.name)
             remove(entry.path)
     remove(record)
     with contextlib.suppress(OSError):
         os.rmdir(run_dir)
+
+
+def _remove_shared_memory(group: str) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(_SHARED_MEMORY):
+            if name.startswith(f"{group}-"):
+                remove(os.path.join(_SHARED_MEMORY, name))
 
 
 # -- the program -------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from llmkit.errors import (
     WrongState,
 )
 from llmkit.inference import openai_api
+from llmkit.inference.bounds import check_media
 from llmkit.inference.metrics import Metrics
 from llmkit.inference.prompting import Collector, read_options, to_openai
 from llmkit.inference.relay import WholeAnswer, Write, relay
@@ -124,6 +125,8 @@ class Requests:
         async def ask(model: Model, turn: Turn) -> InferenceAnswer:
             http = turn.http
             api = turn.capabilities.api or "chat"
+            is_ours = http.endpoint.root_url is not None
+            check_media(request.inference_kwargs, is_ours=is_ours, at="inference_kwargs")
             for adds_options in _tries(http):
                 path, body = to_openai(
                     request, options, model.generation, api, http.endpoint.model, stream_options=adds_options
@@ -181,11 +184,13 @@ class Requests:
         LLMKitError
         """
         model = find_for(key, self._find, openai_api.model_of(body))
+        openai_api.check(body)
         model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
         running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key))
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
+            check_media(body, is_ours=http.endpoint.root_url is not None)
             if api == "tokenize" and http.endpoint.root_url is None:
                 raise no_engine_here(model)
             for adds_options in _tries(http):

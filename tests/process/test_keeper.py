@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 from support import wait_until
 
+from llmkit.process import guardian
 from llmkit.process.guardian import RECORD, Process, is_alive, marked, send
 from llmkit.process.guardian import stat as process_stat
 from llmkit.process.keeper import Ended, KeptProcess
@@ -218,6 +220,26 @@ async def test_what_an_earlier_engine_left_in_the_folder_does_not_stop_the_start
     await kept.start()
     await until(lambda: engine_of(kept))
     assert not (run_root / "e0" / "engine.sock").exists()
+
+
+def test_shared_memory_of_vllms_workers_goes_with_their_folder(run_root: Path) -> None:
+    name = f"vllm_dist_{uuid4().hex}"
+    folder = run_root / "e"
+    folder.mkdir(mode=0o700)
+    (folder / name).touch()
+    (folder / "vllm_dist_").touch()
+    ours = [Path("/dev/shm", f"{name}-tp:0-[0-1]-cpushm_{rank}") for rank in range(2)]
+    other = Path("/dev/shm", f"{name}x-tp:0")
+    try:
+        for path in (*ours, other):
+            path.touch(mode=0o600)
+        guardian.remove_run_dir(str(folder))
+        assert not folder.exists()
+        assert not any(path.exists() for path in ours)
+        assert other.exists()
+    finally:
+        for path in (*ours, other):
+            path.unlink(missing_ok=True)
 
 
 async def test_shared_memory_of_a_killed_tree_is_removed(keep: Keep, run_root: Path) -> None:
