@@ -57,7 +57,8 @@ def test_r21_no_such_address_can_be_configured(proxy: str | None) -> None:
                 taken.append((f"PUT {url}", changed.status_code, changed.text[:200]))
         keys = list((server.state_dir / "secrets").iterdir())
     print(
-        f"\nR21: {len(NEVER)} URLs x POST, PUT: {len(taken)} taken; of {len(CALLED)} others {len(refused_wrongly)} refused"
+        f"\nR21: {len(NEVER)} URLs x POST, PUT: {len(taken)} taken; "
+        f"{len(refused_wrongly)} of {len(CALLED)} others refused"
     )
     assert len(NEVER) >= 80
     assert taken == []
