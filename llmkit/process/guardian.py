@@ -18,7 +18,7 @@ What it knows about processes, other modules of this package use too; importing 
 """
 
 # pathlib would add half to the time of the start.
-# ruff: noqa: PTH105, PTH106, PTH108, PTH116, PTH118, PTH123, PTH208
+# ruff: noqa: PTH105, PTH106, PTH108, PTH110, PTH116, PTH118, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn
 
 ENGINE_ID = "LLMKIT_ENGINE_ID"
@@ -42,6 +42,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PARENT_CHECK_SECONDS = 1.0
 _LONGEST_PAUSE = 0.05
 _TRACKER_SECONDS = 1.0
+_SHARED = b"/dev/shm/"
 
 
 class Process(NamedTuple):
@@ -140,6 +141,26 @@ def _is_resource_tracker(process: Process) -> bool:
             return b"multiprocessing.resource_tracker" in file.read()
     except OSError:
         return False
+
+
+def shared_memory(processes: Iterable[Process]) -> set[str]:
+    """Give the files of shared memory that processes have mapped, by their paths."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/maps", "rb") as file:
+            found |= {line[line.index(_SHARED) :].rstrip(b"\n") for line in file if _SHARED in line}
+    return {os.fsdecode(path) for path in found if not path.endswith(b" (deleted)")}
+
+
+def remove_shared_memory(paths: set[str]) -> None:
+    """Remove what a tree that is gone has left of shared memory: a process that is killed removes none of its own.
+
+    What anybody else has mapped stays.
+    """
+    left = {path for path in paths if os.path.exists(path)}
+    if left:
+        for path in left - shared_memory(found.process for found in all_stats()):
+            remove(path)
 
 
 # -- ending ------------------------------------------------------------------------------------------------
@@ -266,7 +287,9 @@ class Guardian:
             self._write_record()
             self._keep(wake)
         finally:
+            shared = shared_memory(self._tree())
             end_all(self._tree, self._grace, first=self._engine)
+            remove_shared_memory(shared)
             remove_run_dir(self._run_dir)
 
     def _catch_signals(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import signal
 import stat
@@ -235,6 +236,33 @@ async def test_shared_memory_of_a_killed_tree_is_removed(keep: Keep, run_root: P
     assert segment.exists()
     assert await kept.stop()
     assert not segment.exists()
+
+
+async def test_shared_memory_that_only_its_processes_know_of_is_removed_unless_another_uses_it(
+    keep: Keep, run_root: Path
+) -> None:
+    """As vLLM's workers on the CPU make it: no resource tracker hears of it."""
+    program = (
+        "import mmap, os, sys, time\n"
+        "for path in sys.argv[1:]:\n"
+        "    file = os.open(path, os.O_RDWR | os.O_CREAT)\n"
+        "    os.ftruncate(file, 4096)\n"
+        "    globals()[path] = mmap.mmap(file, 4096)\n"
+        "print('made', flush=True)\n"
+        "time.sleep(60)"
+    )
+    own, common = (Path("/dev/shm", f"llmkit-test-{os.getpid()}-{name}") for name in ("own", "common"))
+    try:
+        kept = keep(sys.executable, "-c", program, str(own), str(common))
+        await kept.start()
+        await until(lambda: (run_root / "e0.log").read_text().endswith("made\n"))
+        with common.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            assert await kept.stop()
+            assert not own.exists()
+            assert common.exists()
+    finally:
+        own.unlink(missing_ok=True)
+        common.unlink(missing_ok=True)
 
 
 async def test_the_whole_tree_is_measured(keep: Keep) -> None:
