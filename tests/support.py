@@ -21,6 +21,8 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 import psutil
 
+from llmkit.engines.vllm.install import has_nvidia_gpu, installed
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -52,6 +54,11 @@ def missing(marker: str) -> str | None:
             return "vLLM runs on Linux only"
         if importlib.util.find_spec("vllm") is None:
             return "vLLM is not installed: python -m llmkit.engines.vllm.install"
+    if marker == "gpu":
+        if not has_nvidia_gpu():
+            return "there is no NVIDIA GPU"
+        if not installed("vllm"):
+            return "the vLLM of GPUs is not installed: python -m llmkit.engines.vllm.install"
     if marker == "browser" and chromium() is None:
         return "Chromium is not installed: apt-get install chromium"
     return None
