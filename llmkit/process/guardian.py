@@ -195,7 +195,7 @@ def is_alive(process: Process) -> bool:
 def end_all(
     find: Callable[[], list[Process]], grace: float, *, first: Process | None = None, bound: float | None = None
 ) -> bool:
-    """End every process that ``find`` gives, until it gives none.
+    """End every process that ``find`` gives, until it gives none, and remove the shared memory that they leave.
 
     Parameters
     ----------
@@ -216,7 +216,10 @@ def end_all(
     began = time.monotonic()
     pause = 0.002
     asked: set[Process] = set()
+    shared: set[str] | None = None
     while left := find():
+        if shared is None:
+            shared = shared_memory(left)
         waited = time.monotonic() - began
         if bound is not None and waited > bound:
             return False
@@ -235,6 +238,7 @@ def end_all(
                     send(process, signal.SIGKILL)
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
+    remove_shared_memory(shared or set())
     return True
 
 
@@ -287,9 +291,7 @@ class Guardian:
             self._write_record()
             self._keep(wake)
         finally:
-            shared = shared_memory(self._tree())
             end_all(self._tree, self._grace, first=self._engine)
-            remove_shared_memory(shared)
             remove_run_dir(self._run_dir)
 
     def _catch_signals(self) -> int:
