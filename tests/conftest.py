@@ -24,10 +24,10 @@ class LoadedModel(NamedTuple):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run; on a continuous-integration machine that is a failure."""
+    """Skip what this machine cannot run; on a continuous-integration machine that is a failure, but for a GPU."""
     for marker in MARKERS:
         if item.get_closest_marker(marker) and (reason := missing(marker)):
-            if IN_CI:
+            if IN_CI and marker != "gpu":
                 pytest.fail(reason, pytrace=False)
             pytest.skip(reason)
 

@@ -22,10 +22,12 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 import psutil
 
+from llmkit.engines.vllm.install import has_nvidia_gpu, installed
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROXY_FOLDER = "npm"
 """Where in the virtual environment JupyterHub's proxy is installed."""
-MARKERS = ("vllm", "browser", "hub")
+MARKERS = ("gpu", "vllm", "browser", "hub")
 """What a test is marked with that needs more of a machine than Python."""
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -65,6 +67,11 @@ def missing(marker: str) -> str | None:
             return "vLLM runs on Linux only"
         if importlib.util.find_spec("vllm") is None:
             return "vLLM is not installed: python -m llmkit.engines.vllm.install"
+    if marker == "gpu":
+        if not has_nvidia_gpu():
+            return "there is no NVIDIA GPU"
+        if not installed("vllm"):
+            return "the vLLM of GPUs is not installed: python -m llmkit.engines.vllm.install"
     if marker == "browser" and chromium() is None:
         return "Chromium is not installed: apt-get install chromium"
     if marker == "hub":

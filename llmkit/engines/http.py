@@ -13,17 +13,16 @@ import io
 import json
 import os
 import random
-import re
 from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic_core import to_json
 from yarl import URL
 
+from llmkit.engines.addresses import GuardedResolver, NotCalled, origin_of, why_not_called
 from llmkit.engines.base import Endpoint
 from llmkit.engines.refusals import MAX_ERROR_BYTES, refusal, retry_after
 from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
@@ -60,31 +59,7 @@ END_SECONDS: Final = 0.2
 LONGEST_WAIT_SECONDS: Final = 60.0
 """An endpoint that wants to be left alone for longer is not waited for."""
 
-_HOST: Final = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 NO_HEADERS: Final[Mapping[str, str]] = {}
-
-
-def origin_of(url: str) -> str:
-    """Give ``scheme://host:port`` of a URL, with the port always written.
-
-    Raises
-    ------
-    ValueError
-        If it is no http or https URL with a host, or carries a user name or password.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("the address must begin with http:// or https://")
-    if not parts.hostname:
-        raise ValueError("the address has no host")
-    if "@" in parts.netloc:
-        raise ValueError("the address must not carry a user name or password")
-    if "?" in url or "#" in url:
-        raise ValueError("the address must not have a query or a fragment")
-    if not _HOST.fullmatch(parts.hostname) and ":" not in parts.hostname:
-        raise ValueError("the host is no host name in ASCII letters")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
 def pause_before_retry(headers: Mapping[str, str], tries: int) -> float | None:
@@ -117,7 +92,11 @@ class EngineHTTP:
             connector = aiohttp.UnixConnector(str(endpoint.uds), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
         else:
             connector = aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, ssl=endpoint.ssl if endpoint.ssl is not None else True
+                limit=0,
+                keepalive_timeout=KEEP_ALIVE_SECONDS,
+                ssl=endpoint.ssl if endpoint.ssl is not None else True,
+                # Every connection goes to the proxy, where there is one, and where that is, the operator says.
+                resolver=None if endpoint.proxy else GuardedResolver(),
             )
         # Of each request: those of the session go to a proxy as well, and the key as if it were the proxy's.
         self._headers = {**endpoint.headers}
@@ -192,7 +171,7 @@ class EngineHTTP:
                 if _was_not_sent(error) and not stale:
                     stale = True  # a kept connection that the engine had closed: once more is safe
                     continue
-                if last:
+                if last or isinstance(getattr(error, "os_error", None), NotCalled):
                     raise
                 pause = pause_before_retry(NO_HEADERS, tries)
             else:
@@ -219,7 +198,10 @@ class EngineHTTP:
         endpoint = self.endpoint
         base, rest = (endpoint.root_url, path[1:]) if path.startswith("//") else (endpoint.base_url, path)
         assert base is not None  # noqa: S101  # callers look whether there is a root_url
-        url = self._urls[path] = URL(base.rstrip("/") + rest, encoded=True)
+        url = URL(base.rstrip("/") + rest, encoded=True)
+        if endpoint.uds is None and (why := why_not_called(url.raw_host or "")) is not None:
+            raise self._never(f"its host {why}")  # stored by an earlier version, or set in the environment
+        self._urls[path] = url
         return url
 
     # -- whole answers -------------------------------------------------------------------------------------
@@ -354,6 +336,8 @@ class EngineHTTP:
             why = "the proxy on the way to it cannot be reached"
         elif isinstance(error, aiohttp.ClientHttpProxyError):
             why = "the proxy on the way to it refused"
+        elif isinstance(error, aiohttp.ClientConnectorDNSError) and isinstance(error.os_error, NotCalled):
+            return self._never(str(error.os_error))
         elif isinstance(error, aiohttp.ClientConnectorDNSError):
             why = "its name is not known"
         elif isinstance(error, aiohttp.ClientConnectorError):
@@ -364,6 +348,13 @@ class EngineHTTP:
             f"Nothing usable answers at {self.endpoint.base_url}: {why}.",
             param="model_kwargs.base_url",
             hint="Check base_url, and that the endpoint is up and can be reached from the Jupyter server.",
+        )
+
+    def _never(self, why: str) -> UpstreamUnreachable:
+        return UpstreamUnreachable(
+            f"{self.endpoint.base_url} is never called: {why}.",
+            param="model_kwargs.base_url",
+            hint="Set base_url to an endpoint of models.",
         )
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, JsonValue, StringConstraints
 
+from llmkit.engines.addresses import origin_of, why_not_called
 from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
-from llmkit.engines.http import EngineHTTP, origin_of
+from llmkit.engines.http import EngineHTTP
 from llmkit.engines.outgoing import proxy_for, trusted_certificates
 from llmkit.engines.refusals import redact
 from llmkit.errors import LLMKitError, ModelNameNotFound, UpstreamFailed
@@ -100,7 +101,10 @@ class OpenAIEngineType:
     def check(self, configuration: Configuration) -> None:
         """Raise `DoesNotFit` if ``base_url`` cannot be called."""
         try:
-            self.origin(configuration)
+            host = urlsplit(self.origin(configuration)).hostname or ""
+            why = why_not_called(host)
+            if why is not None:
+                raise ValueError(f"{host} {why}")
         except ValueError as error:
             detail = {"path": "model_kwargs.base_url", "message": str(error)}
             raise does_not_fit([detail], hint="For example https://api.openai.com/v1.") from None

@@ -18,7 +18,7 @@ What it knows about processes, other modules of this package use too; importing 
 """
 
 # pathlib would add half to the time of the start.
-# ruff: noqa: PTH105, PTH106, PTH108, PTH116, PTH118, PTH123, PTH208
+# ruff: noqa: PTH105, PTH106, PTH108, PTH110, PTH116, PTH118, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn
 
 ENGINE_ID = "LLMKIT_ENGINE_ID"
@@ -42,9 +42,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PARENT_CHECK_SECONDS = 1.0
 _LONGEST_PAUSE = 0.05
 _TRACKER_SECONDS = 1.0
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where Linux has it
-_GROUP_FILE = "vllm_dist_"
-"""What the file begins with through which vLLM's workers find each other, and the name of their shared memory."""
+_SHARED = b"/dev/shm/"
 
 
 class Process(NamedTuple):
@@ -145,6 +143,26 @@ def _is_resource_tracker(process: Process) -> bool:
         return False
 
 
+def shared_memory(processes: Iterable[Process]) -> set[str]:
+    """Give the files of shared memory that processes have mapped, by their paths."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/maps", "rb") as file:
+            found |= {line[line.index(_SHARED) :].rstrip(b"\n") for line in file if _SHARED in line}
+    return {os.fsdecode(path) for path in found if not path.endswith(b" (deleted)")}
+
+
+def remove_shared_memory(paths: set[str]) -> None:
+    """Remove what a tree that is gone has left of shared memory: a process that is killed removes none of its own.
+
+    What anybody else has mapped stays.
+    """
+    left = {path for path in paths if os.path.exists(path)}
+    if left:
+        for path in left - shared_memory(found.process for found in all_stats()):
+            remove(path)
+
+
 # -- ending ------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +195,7 @@ def is_alive(process: Process) -> bool:
 def end_all(
     find: Callable[[], list[Process]], grace: float, *, first: Process | None = None, bound: float | None = None
 ) -> bool:
-    """End every process that ``find`` gives, until it gives none.
+    """End every process that ``find`` gives, until it gives none, and remove the shared memory that they leave.
 
     Parameters
     ----------
@@ -198,7 +216,10 @@ def end_all(
     began = time.monotonic()
     pause = 0.002
     asked: set[Process] = set()
+    shared: set[str] | None = None
     while left := find():
+        if shared is None:
+            shared = shared_memory(left)
         waited = time.monotonic() - began
         if bound is not None and waited > bound:
             return False
@@ -217,6 +238,7 @@ def end_all(
                     send(process, signal.SIGKILL)
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
+    remove_shared_memory(shared or set())
     return True
 
 
@@ -227,11 +249,7 @@ def remove(path: str) -> None:
 
 
 def remove_run_dir(run_dir: str) -> None:
-    """Remove an engine's folder, its record last: what is left half-way is found again by it.
-
-    With it goes the shared memory that bears the name of a file in it: that of vLLM's workers on CPUs, which removes
-    itself only where they end in peace.
-    """
+    """Remove an engine's folder, its record last: what is left half-way is found again by it."""
     import shutil  # not needed until the end
 
     record = os.path.join(run_dir, RECORD)
@@ -243,19 +261,10 @@ def remove_run_dir(run_dir: str) -> None:
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
         elif entry.path != record:
-            if entry.name.startswith(_GROUP_FILE):
-                _remove_shared_memory(entry.name)
             remove(entry.path)
     remove(record)
     with contextlib.suppress(OSError):
         os.rmdir(run_dir)
-
-
-def _remove_shared_memory(group: str) -> None:
-    with contextlib.suppress(OSError):
-        for name in os.listdir(_SHARED_MEMORY):
-            if name.startswith(f"{group}-"):
-                remove(os.path.join(_SHARED_MEMORY, name))
 
 
 # -- the program -------------------------------------------------------------------------------------------

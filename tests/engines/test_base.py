@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from llmkit.engines.addresses import origin_of
 from llmkit.engines.base import load_engine_types, sort_kwargs
-from llmkit.engines.http import origin_of
 from llmkit.engines.openai import OpenAIEngineType
 from llmkit.engines.refusals import redact
 from llmkit.errors import DoesNotFit

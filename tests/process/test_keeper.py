@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import signal
 import stat
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import psutil
 import pytest
@@ -222,26 +222,6 @@ async def test_what_an_earlier_engine_left_in_the_folder_does_not_stop_the_start
     assert not (run_root / "e0" / "engine.sock").exists()
 
 
-def test_shared_memory_of_vllms_workers_goes_with_their_folder(run_root: Path) -> None:
-    name = f"vllm_dist_{uuid4().hex}"
-    folder = run_root / "e"
-    folder.mkdir(mode=0o700)
-    (folder / name).touch()
-    (folder / "vllm_dist_").touch()
-    ours = [Path("/dev/shm", f"{name}-tp:0-[0-1]-cpushm_{rank}") for rank in range(2)]
-    other = Path("/dev/shm", f"{name}x-tp:0")
-    try:
-        for path in (*ours, other):
-            path.touch(mode=0o600)
-        guardian.remove_run_dir(str(folder))
-        assert not folder.exists()
-        assert not any(path.exists() for path in ours)
-        assert other.exists()
-    finally:
-        for path in (*ours, other):
-            path.unlink(missing_ok=True)
-
-
 async def test_shared_memory_of_a_killed_tree_is_removed(keep: Keep, run_root: Path) -> None:
     program = (
         "import signal, time; from multiprocessing.shared_memory import SharedMemory\n"
@@ -257,6 +237,33 @@ async def test_shared_memory_of_a_killed_tree_is_removed(keep: Keep, run_root: P
     assert segment.exists()
     assert await kept.stop()
     assert not segment.exists()
+
+
+async def test_shared_memory_that_only_its_processes_know_of_is_removed_unless_another_uses_it(
+    keep: Keep, run_root: Path
+) -> None:
+    """As vLLM's workers on the CPU make it: no resource tracker hears of it."""
+    program = (
+        "import mmap, os, sys, time\n"
+        "for path in sys.argv[1:]:\n"
+        "    file = os.open(path, os.O_RDWR | os.O_CREAT)\n"
+        "    os.ftruncate(file, 4096)\n"
+        "    globals()[path] = mmap.mmap(file, 4096)\n"
+        "print('made', flush=True)\n"
+        "time.sleep(60)"
+    )
+    own, common = (Path("/dev/shm", f"llmkit-test-{os.getpid()}-{name}") for name in ("own", "common"))
+    try:
+        kept = keep(sys.executable, "-c", program, str(own), str(common))
+        await kept.start()
+        await until(lambda: (run_root / "e0.log").read_text().endswith("made\n"))
+        with common.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            assert await kept.stop()
+            assert not own.exists()
+            assert common.exists()
+    finally:
+        own.unlink(missing_ok=True)
+        common.unlink(missing_ok=True)
 
 
 async def test_the_whole_tree_is_measured(keep: Keep) -> None:
