@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 from tornado import web
 
+from jupyter_server_ext.operations import Flag, Number, Seconds
 from llmkit import errors
 from llmkit.engines.base import does_not_fit, validation_details
 from llmkit.errors import LLMKitError
@@ -31,6 +32,7 @@ RESOURCE = "llm"
 MAX_DEPTH = 64
 MAX_VALUES = 100_000
 PARSE_IN_THREAD_BYTES = 256 << 10
+_DECIMAL = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?([eE][+-]?[0-9]{1,3})?")  # float() also takes "1_0", "inf" and "٣"
 _MAY_OVERFLOW = re.compile(rb"\d[eE]|\d{300}")
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -41,6 +43,10 @@ class RegistryOwner(Protocol):
 
     async def ready(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
+        ...
+
+    def openapi(self, model_types: tuple[str, ...]) -> dict[str, Any]:
+        """Give the OpenAPI document of all routes."""
         ...
 
 
@@ -84,8 +90,12 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
 
     async def registry(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
-        app = cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
-        return await app.ready()
+        return await self.app.ready()
+
+    @property
+    def app(self) -> RegistryOwner:
+        """The extension's app."""
+        return cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
 
     # -- the request ---------------------------------------------------------------------------------------
 
@@ -120,37 +130,36 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
             return await asyncio.to_thread(parse, body, self.max_values, *args)
         return parse(body, self.max_values, *args)
 
-    def flag(self, name: str, *, default: bool) -> bool:
+    def flag(self, flag: Flag) -> bool:
         """Read a query parameter that is true or false."""
-        text = self.get_query_argument(name, None)
+        text = self.get_query_argument(flag.name, None)
         if text is None:
-            return default
+            return flag.default
         if text.lower() in ("true", "1"):
             return True
         if text.lower() in ("false", "0"):
             return False
-        raise errors.MalformedRequest(f"`{name}` must be true or false.", param=name)
+        raise errors.MalformedRequest(f"`{flag.name}` must be true or false.", param=flag.name)
 
-    def seconds(self, name: str, *, default: float, most: float) -> float:
+    def seconds(self, seconds: Seconds) -> float:
         """Read a query parameter that is a duration in seconds."""
-        text = self.get_query_argument(name, None)
+        text = self.get_query_argument(seconds.name, None)
         if text is None:
-            return default
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= most:
-            raise errors.MalformedRequest(f"`{name}` must be a number of seconds from 0 to {most:g}.", param=name)
+            return seconds.default
+        value = float(text) if _DECIMAL.fullmatch(text) else -1.0
+        if not 0 <= value <= seconds.most:
+            rule = f"`{seconds.name}` must be a number of seconds from 0 to {seconds.most:g}."
+            raise errors.MalformedRequest(rule, param=seconds.name)
         return value
 
-    def number(self, name: str, *, default: int, most: int) -> int:
+    def number(self, number: Number) -> int:
         """Read a query parameter that is a whole number."""
-        text = self.get_query_argument(name, None)
+        text = self.get_query_argument(number.name, None)
         if text is None:
-            return default
-        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= most):
-            raise errors.MalformedRequest(f"`{name}` must be a whole number from 0 to {most}.", param=name)
+            return number.default
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= number.most):
+            rule = f"`{number.name}` must be a whole number from 0 to {number.most}."
+            raise errors.MalformedRequest(rule, param=number.name)
         return int(text)
 
     # -- the answer ----------------------------------------------------------------------------------------
