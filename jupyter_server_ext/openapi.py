@@ -292,7 +292,7 @@ def _shown(one: Described, what: int | Literal["body"], *, events: bool = False)
         if what == "body":
             value = example.get("body")
         else:
-            value = example.get("events" if events else "answer") if example["status"] == what else None
+            value = example.get("events" if events else "answer") if example.get("status") == what else None
         if value is not None:
             found[f"{one.id}_{number}"] = {"summary": example["says"], "value": value}
     return {"examples": found} if found else {}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,16 @@ from typing import Any, Final
 
 import httpx
 from aiohttp import web
+from benchmarks.processes import EXTENSIONS
 from mock_upstream import USAGE, MockUpstream
-from support import JupyterServer, wait_until
+from support import REPOSITORY, JupyterServer, wait_until
 
-from jupyter_server_ext.openapi import EXAMPLES
+from jupyter_server_ext.handlers import ROUTES
+from jupyter_server_ext.openapi import EXAMPLES, described
 
 CONFIG_ID: Final = "abcd1234-efgh-5678-ijkl-9012mnop3456"
 """As the specification writes it."""
+STATE_DIR: Final = "/home/ada/.local/share/jupyter/llmkit"
 REQUEST_ID: Final = "my-request"
 SAID: Final = "The capital of France is Paris."
 WHOLE: Final = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1764028800, "model": "gpt-3"}
@@ -55,6 +59,7 @@ ANSWERS: Final[dict[str, dict[str, Any]]] = {
     },
     "/tokenize": {"count": 3, "max_model_len": 512, "tokens": [17, 4, 9], "token_strs": None},
 }
+PLACES: Final = os.pathsep.join(str(place) for place in (Path(__file__).parent, EXTENSIONS, REPOSITORY))
 METRICS: Final = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
 
 
@@ -72,7 +77,7 @@ def story_server(**fields: Any) -> Iterator[tuple[JupyterServer, MockUpstream]]:
     """Run a server whose endpoint is a mock, and whose `vllm` is an engine within the server."""
     with MockUpstream(models=("gpt-3",)) as upstream:
         upstream.respond = respond
-        env = {"OPENAI_BASE_URL": upstream.base_url, "PYTHONPATH": str(Path(__file__).parent)}
+        env = {"OPENAI_BASE_URL": upstream.base_url, "PYTHONPATH": PLACES}
         names = ("jupyter_server_ext", "documented_extension", *fields.pop("extensions", ()))
         args = [f"--ServerApp.jpserver_extensions={name}=True" for name in names]
         with JupyterServer(args=args, env={**env, **fields.pop("env", {})}, **fields) as server:
@@ -82,14 +87,10 @@ def story_server(**fields: Any) -> Iterator[tuple[JupyterServer, MockUpstream]]:
 class Teller:
     """Sends the examples to a server, one after the other."""
 
-    def __init__(self, server: JupyterServer, upstream: MockUpstream, document: dict[str, Any]) -> None:
+    def __init__(self, server: JupyterServer, upstream: MockUpstream) -> None:
         self._server = server
         self._upstream = upstream
-        self._where = {
-            operation["operationId"]: (method, path)
-            for path, methods in document["paths"].items()
-            for method, operation in methods.items()
-        }
+        self._where = {one.id: (one.method, one.path) for one in described(ROUTES)}
         self._config_id = CONFIG_ID
 
     def send(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -102,11 +103,12 @@ class Teller:
                 answer = self._server.request(method, path)
         else:
             answer = self._server.request(method, path, json=example.get("body"))
-        self._server.request("GET", "llm/models/")
         text = answer.text
         if example["operation"] == "configure_model" and (made := re.search(r'"config_id":"([^"]+)"', text)):
             self._config_id = made[1]
-        text = text.replace(self._config_id, CONFIG_ID)
+        if answer.status_code == 202:
+            wait_until(lambda: self._server.request("GET", "llm/loaded_models/").json(), "the model is loaded")
+        text = text.replace(self._config_id, CONFIG_ID).replace(str(self._server.state_dir), STATE_DIR)
         kind = answer.headers["Content-Type"].partition(";")[0]
         told: dict[str, Any] = {"status": answer.status_code}
         if kind == "text/event-stream":
@@ -133,9 +135,8 @@ def main() -> None:
     """Write down what a server answers."""
     story = json.loads(EXAMPLES.read_text(encoding="utf-8"))
     with story_server() as (server, upstream):
-        teller = Teller(server, upstream, server.request("GET", "llm/openapi.json").json())
+        teller = Teller(server, upstream)
         for example in story:
-            example["path"] = {k: v.replace("CONFIG", CONFIG_ID) if v == "CONFIG" else v for k, v in example["path"].items()}
             for name in ("status", "answer", "events"):
                 example.pop(name, None)
             example.update(teller.send(example))
