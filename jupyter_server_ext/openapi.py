@@ -22,14 +22,13 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field, TypeAdapter
 
 from jupyter_server_ext import answers
-from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler, UnknownPathHandler
+from jupyter_server_ext.handlers.base import METHODS, RESOURCE, LLMHandler, UnknownPathHandler
 from jupyter_server_ext.operations import Operation, action_of, operation_of
 from llmkit import errors, schemas
 from llmkit._version import __version__
 from llmkit.errors import LLMKitError
 
 OPENAPI: Final = "3.1.0"
-METHODS: Final = ("get", "post", "put", "delete")
 EXAMPLES: Final = Path(__file__).with_name("openapi_examples.json")
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
@@ -241,7 +240,7 @@ def _responses(one: Described, types: dict[Any, Any], operations: list[Described
     ok: dict[str, Any] = {"description": operation.streams or "Done.", "content": {}}
     ok["content"][operation.text or JSON] = {"schema": types[operation.answer, "serialization"]} | _shown(one, 200)
     if operation.streams:
-        ok["content"][EVENTS] = {"schema": {"type": "string"}} | _shown(one, 200, events=True)
+        ok["content"][EVENTS] = _shown(one, 200, events=True)  # OpenAPI 3.1 has no schema of a stream's events
     if operation.answer_headers:
         ok["headers"] = {k: _header(said, {"type": "string"}) for k, said in operation.answer_headers.items()}
     if links := _links(one, operations):

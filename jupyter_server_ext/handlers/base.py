@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
@@ -29,6 +29,8 @@ from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import MAX_CONFIGURATION_BYTES
 
 RESOURCE = "llm"
+METHODS: Final = ("get", "post", "put", "delete")
+"""That a handler can have."""
 MAX_DEPTH = 64
 MAX_VALUES = 100_000
 PARSE_IN_THREAD_BYTES = 256 << 10
@@ -176,6 +178,9 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         self.set_status(error.status)
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
             self.set_header("Retry-After", str(math.ceil(error.details.get("retry_after", 1))))
+        elif error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            own = (name for name in METHODS if getattr(type(self), name) is not getattr(LLMHandler, name))
+            self.set_header("Allow", ", ".join(name.upper() for name in own))
         self.finish(to_json(error.to_wire()))
 
     def _explain(self, status: int, raised: BaseException | None) -> LLMKitError:
