@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -73,14 +73,16 @@ async def respond(request: web.Request, body: dict[str, Any]) -> web.StreamRespo
 
 
 @contextmanager
-def story_server(**fields: Any) -> Iterator[tuple[JupyterServer, MockUpstream]]:
+def story_server(
+    *, extensions: Sequence[str] = (), more_args: Sequence[str] = ()
+) -> Iterator[tuple[JupyterServer, MockUpstream]]:
     """Run a server whose endpoint is a mock, and whose `vllm` is an engine within the server."""
     with MockUpstream(models=("gpt-3",)) as upstream:
         upstream.respond = respond
         env = {"OPENAI_BASE_URL": upstream.base_url, "PYTHONPATH": PLACES}
-        names = ("jupyter_server_ext", "documented_extension", *fields.pop("extensions", ()))
-        args = [f"--ServerApp.jpserver_extensions={name}=True" for name in names]
-        with JupyterServer(args=args, env={**env, **fields.pop("env", {})}, **fields) as server:
+        names = ("jupyter_server_ext", "documented_extension", *extensions)
+        args = [*(f"--ServerApp.jpserver_extensions={name}=True" for name in names), *more_args]
+        with JupyterServer(args=args, env=env) as server:
             yield server, upstream
 
 
