@@ -83,7 +83,7 @@ def api_of(server: JupyterServer, document: dict[str, Any]) -> Any:
         nonlocal followed
         if query and context.operation.label == FOLLOWING and query.get("follow") is True:
             followed += 1
-            if followed > MOST_FOLLOWED:  # each takes as long as all others together
+            if followed > MOST_FOLLOWED:  # each takes as long as hundreds of others
                 return {**query, "follow": False}
         return query
 
