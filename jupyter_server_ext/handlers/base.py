@@ -65,6 +65,7 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     def initialize(self, name: str) -> None:
         """Keep nothing of a body until it is known who sends it."""
         self._body: list[bytes] | None = None
+        self._prepared = False
         self._body_bytes = 0
         super().initialize(name)
 
@@ -73,6 +74,7 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         await super().prepare()
         if self.current_user and self.request.method in ("POST", "PUT"):
             self._body = []
+        self._prepared = True
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, as long as it is wanted."""
@@ -176,6 +178,8 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         raised = kwargs.get("exc_info", (None, None, None))[1]
         error = raised if isinstance(raised, LLMKitError) else self._explain(status_code, raised)
         self.set_status(error.status)
+        if not self._prepared:
+            self.set_header("Connection", "close")  # Tornado will: the body was not read
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
             self.set_header("Retry-After", str(math.ceil(error.details.get("retry_after", 1))))
         elif error.status == HTTPStatus.METHOD_NOT_ALLOWED:
