@@ -242,3 +242,18 @@ def test_the_extension_is_imported_without_making_it() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=own_environment()
     )
     assert done.stdout.strip() == "[]"
+
+
+async def test_a_method_that_is_not_possible_is_a_405_that_says_which_are(call: Any) -> None:
+    for method, path in (("DELETE", "llm/models/"), ("POST", "llm/configuration/x"), ("PATCH", "llm/inference")):
+        answer = await call(method, path)
+        one = next(rule for rule in ROUTES if re.fullmatch(rule[0], f"/{path}"))[1]
+        own = [name.upper() for name in METHODS if getattr(one, name) is not getattr(LLMHandler, name)]
+        assert (answer.status, answer.json["error"]["code"]) == (405, "method_not_allowed")
+        assert answer.headers["Allow"].split(", ") == own
+
+
+async def test_a_refusal_before_the_body_is_read_says_that_the_connection_closes(call: Any) -> None:
+    answer = await call("POST", "llm/load_model/%ff")
+    assert (answer.status, answer.headers["Connection"]) == (400, "close")
+    assert (await call("POST", "llm/load_model/x")).headers.get("Connection") != "close"
