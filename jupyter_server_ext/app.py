@@ -21,6 +21,7 @@ from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
 from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, Unicode, default
 
+from jupyter_server_ext import openapi
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
@@ -190,6 +191,7 @@ class LLMKitApp(ExtensionApp):
         self._stopping: asyncio.Task[None] | None = None
         self._owner_watch: asyncio.Task[None] | None = None
         self._retry_at = 0.0
+        self._openapi: dict[str, Any] | None = None
         for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
             self._server.event_logger.register_event_schema(schema)
 
@@ -337,6 +339,12 @@ class LLMKitApp(ExtensionApp):
         self._server.web_app.settings["api_last_activity"] = utcnow()
         data = {**event, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         self._server.event_logger.emit(schema_id=MODEL_EVENT, data=data)
+
+    def openapi(self, model_types: tuple[str, ...]) -> dict[str, Any]:
+        """Give the OpenAPI document of all routes, made at the first call; of any thread."""
+        if self._openapi is None:
+            self._openapi = openapi.document(self.handlers, self._server.base_url, model_types)
+        return self._openapi
 
     # -- jupyter llmkit ------------------------------------------------------------------------------------
 

@@ -523,6 +523,26 @@ def walk(root: type[LLMKitError] = LLMKitError) -> Iterator[type[LLMKitError]]:
         yield from walk(child)
 
 
+LOAD_ERRORS: tuple[type[LLMKitError], ...] = (
+    RefusedByOperator,
+    NoRoom,
+    LoadCancelled,
+    ModelLiveElsewhere,
+    *walk(DoesNotFit),
+    RateLimited,
+    *walk(EngineGone),
+    EngineNotInstalled,
+    TimedOut,
+    DiskFull,
+)
+"""What can be raised where a model is loaded."""
+
+ASK_ERRORS: tuple[type[LLMKitError], ...] = tuple(
+    dict.fromkeys((ModelNotFound, WrongState, ModelNotLoaded, ModelUnloaded, RequestCancelled, QueueFull, *LOAD_ERRORS))
+)
+"""What can be raised where a model is asked: a request may load it first."""
+
+
 def from_wire(status: int, body: object) -> LLMKitError:
     """Make the error that a server's answer describes.
 

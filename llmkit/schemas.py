@@ -87,6 +87,15 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+def may_lack(*names: str) -> ConfigDict:
+    """Say in the JSON schema that an answer leaves these out where there is nothing to say."""
+
+    def mend(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", []) if name not in names]
+
+    return ConfigDict(json_schema_extra=mend)
+
+
 # -- configurations ----------------------------------------------------------------------------------------
 
 
@@ -146,6 +155,8 @@ class Configuration(StoredConfigRequest):
     """A stored configuration."""
 
     config_id: str
+
+    model_config = may_lack(*OPTIONAL_FIELDS, "declared")
 
     def to_wire(self) -> dict[str, Any]:
         """Give the JSON object of the configuration, identifiers first."""
@@ -471,6 +482,8 @@ class RequestRecord(Wire):
     """Only if the operator has bodies recorded."""
     response_body: str | None = None
 
+    model_config = may_lack("request_body", "response_body")
+
 
 class RunningRequest(Wire):
     """A request that is not over yet, as ``GET /llm/requests/`` tells it."""
@@ -494,8 +507,14 @@ class RequestList(Wire):
     recent: list[RequestRecord]
 
 
+ANSWER_MAY_LACK: Final = ("reasoning", "tool_calls", "logprobs", "cost")
+"""Fields of an answer that appear only if there is something in them."""
+
+
 class InferenceAnswer(Wire):
     """Answer of ``POST /llm/inference/``, and the last frame of its stream."""
+
+    model_config = may_lack(*ANSWER_MAY_LACK)
 
     response: str
     model_id: str

@@ -26,6 +26,7 @@ from jupyter_server_ext.handlers.observability import (
     EngineMetricsHandler,
     HealthHandler,
     LogsHandler,
+    OpenAPIHandler,
 )
 from jupyter_server_ext.handlers.openai_api import (
     RELAYED_PATHS,
@@ -59,5 +60,6 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/models/([^/]+)/metrics/?", EngineMetricsHandler),
     (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
+    (r"/llm/openapi\.json", OpenAPIHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),
 ]

@@ -6,9 +6,11 @@ from jupyter_core.utils import ensure_async
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
+from jupyter_server_ext.answers import KeyRevoked
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
-from llmkit.errors import NotAllowed
-from llmkit.tool_keys import ToolKeyList, ToolKeyRequest
+from jupyter_server_ext.operations import describes
+from llmkit.errors import DiskFull, KeyExists, KeyNotFound, NotAllowed
+from llmkit.tool_keys import NewToolKey, ToolKeyList, ToolKeyRequest
 
 GRANTED = ("read", "execute")
 """What a key opens; who makes one needs it all."""
@@ -19,6 +21,7 @@ class KeysHandler(LLMHandler):
 
     _track_activity = False
 
+    @describes(answer=ToolKeyList)
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
@@ -26,6 +29,7 @@ class KeysHandler(LLMHandler):
         registry = await self.registry()
         self.answer(ToolKeyList(keys=registry.keys.all()))
 
+    @describes(answer=NewToolKey, body=ToolKeyRequest, errors=(KeyExists, DiskFull))
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def post(self) -> None:
@@ -44,10 +48,11 @@ class KeysHandler(LLMHandler):
 class KeyHandler(LLMHandler):
     """``DELETE /llm/keys/{name}``."""
 
+    @describes(answer=KeyRevoked, errors=(KeyNotFound, DiskFull))
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def delete(self, name: str) -> None:
         """Revoke a key."""
         registry = await self.registry()
         await registry.keys.revoke(name)
-        self.answer({"message": "Key revoked", "name": name})
+        self.answer(KeyRevoked(message="Key revoked", name=name))

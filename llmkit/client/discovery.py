@@ -33,6 +33,10 @@ START_HINT = (
 )
 
 
+MAX_PID = 2**31 - 1
+"""Of no system is one larger; to ask for a process beyond is an error."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A server to try, or the reason why there is none to try, and where it comes from."""
@@ -311,8 +315,11 @@ def read_server_file(file: Path) -> Server | None:
         uds = told.get("sock") or None
         # Over a unix socket the host is only a name.
         url = f"http://localhost{told['base_url']}" if uds else parse_url(told["url"])[0]
-        return Server(url, told.get("token") or None, uds=uds, pid=int(told["pid"]), root=str(told.get("root_dir", "")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ServerNotFound):
+        token, pid = told.get("token") or None, int(told["pid"])
+        if not (isinstance(token, str | None) and isinstance(uds, str | None) and 0 < pid <= MAX_PID):
+            return None
+        return Server(url, token, uds=uds, pid=pid, root=str(told.get("root_dir", "")))
+    except (OSError, ArithmeticError, RecursionError, ValueError, TypeError, KeyError, AttributeError, ServerNotFound):
         return None
 
 

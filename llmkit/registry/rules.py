@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Final
 from urllib.parse import urlsplit
 
+from llmkit.engines.addresses import origin_of
 from llmkit.engines.base import EngineType, SortedKwargs
-from llmkit.engines.http import origin_of
 from llmkit.errors import RefusedByOperator
 from llmkit.schemas import Configuration
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import string
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from support import REPOSITORY
 
 from llmkit.cli import main
-from llmkit.cli.keys_in_notebooks import check_notebook, secrets_of
+from llmkit.cli.keys_in_notebooks import Unreadable, check_notebook, secrets_of
 
 LETTERS = string.ascii_letters + string.digits
 TAIL = "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1eF3hJ5kL7nP9"  # of no key that there is
@@ -188,3 +191,56 @@ def test_the_hook_of_pre_commit_runs_a_command_that_finds_a_key(file: Path) -> N
         file.write_text(json.dumps(notebook(code(source))))
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, KEY in done.stdout + done.stderr) == (expected, False), done.stderr
+
+
+WORDS = st.text("abc ()='\"\n.,:\u00e9", max_size=20)
+NESTED = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def notebooks_with_a_key(draw: st.DrawFn) -> tuple[Any, str]:
+    """Make something like a notebook, with a key anywhere in it."""
+    _, key = draw(st.sampled_from(ALL))
+    part: Any = draw(WORDS) + "\n" + key + "\n" + draw(WORDS)
+    for wrap in draw(st.lists(st.sampled_from(["list", "name", "value"]), max_size=4)):
+        if wrap == "list":
+            part = [*draw(st.lists(NESTED, max_size=2)), part]
+        elif wrap == "name" and isinstance(part, str):
+            part = {part: draw(NESTED)}
+        else:
+            part = {draw(WORDS): part}
+    where = draw(st.sampled_from(["source", "outputs", "attachments", "cell metadata", "metadata", "elsewhere"]))
+    cell = {"cell_type": "code", "source": draw(WORDS), "outputs": [], "metadata": {}}
+    content: dict[str, Any] = {"cells": [draw(NESTED), cell], "metadata": {}, "nbformat": 4}
+    if where == "metadata":
+        content["metadata"] = {draw(WORDS): part}
+    elif where == "elsewhere":
+        content["something"] = part
+    else:
+        cell[where.removeprefix("cell ")] = [part] if where == "outputs" else part
+    return content, key
+
+
+@given(notebooks_with_a_key())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_key_is_found_wherever_it_stands(file: Path, made: tuple[Any, str]) -> None:
+    content, key = made
+    file.write_text(json.dumps(content))
+    findings = check_notebook(file, {})
+    assert findings, content
+    assert all(key not in str(finding) and key not in str(finding.to_wire()) for finding in findings)
+
+
+@given(st.binary(max_size=80) | NESTED.map(lambda told: json.dumps(told).encode()))
+@example(b"[" * 100_000)
+@example(b'{"cells": ' + b"[" * 900 + b"]" * 900 + b"}")
+@example(b'{"cells": ' + b"9" * 5000 + b"}")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_file_holds_is_read_or_refused(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    with contextlib.suppress(Unreadable):
+        check_notebook(file, {"value-of-a-variable": "NAME"})

@@ -12,10 +12,13 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from support import JupyterServer, own_environment, wait_until
 
 from llmkit.client import connect
 from llmkit.client.connection import Server
+from llmkit.client.discovery import running_servers
 from llmkit.client.installed import explain_missing
 from llmkit.errors import (
     ExtensionMissing,
@@ -330,3 +333,39 @@ def test_a_real_server_with_the_extension_switched_off_is_told_apart(tmp_path: P
         assert running.process is not None
         with pytest.raises(ExtensionMissing, match="not enabled"):
             raise explain_missing(Server(running.url, running.token, pid=running.process.pid))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+TOLD = st.fixed_dictionaries(
+    {},
+    optional={
+        "url": JSON
+        | st.sampled_from(["http://127.0.0.1:1/", "https://[::1]:8/a%40b/", "http://[", "ftp://x", "http://x:99999"]),
+        "pid": JSON | st.just(os.getpid()) | st.sampled_from([0, -1, 2**31, 2**64, 10**400]),
+        "token": JSON,
+        "base_url": JSON | st.just("/"),
+        "sock": JSON,
+        "root_dir": JSON,
+    },
+)
+
+
+@given(st.binary(max_size=60) | TOLD.map(lambda told: json.dumps(told).encode()))
+@example(b"[" * 100_000)
+@example(b'{"url": "http://127.0.0.1:1/", "pid": Infinity}')
+@example(b'{"url": "http://127.0.0.1:1/", "pid": ' + b"9" * 5000 + b"}")
+@example(b'{"url": "http://127.0.0.1:1/", "pid": 99999999999999999999}')
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_lies_in_the_runtime_folder_is_read_or_passed_over(runtime: Path, content: bytes) -> None:
+    (runtime / "jpserver-1.json").write_bytes(content)
+    write_server_file(runtime, "http://127.0.0.1:9/", os.getpid())
+    found = list(running_servers(runtime))
+    assert any(server.url.startswith("http://127.0.0.1:9") and alive for server, alive in found)
+    for server, _ in found:
+        assert isinstance(server.url, str)
+        assert server.token is None or isinstance(server.token, str)
+        assert server.uds is None or isinstance(server.uds, str)

@@ -18,7 +18,6 @@ import psutil
 import pytest
 from support import wait_until
 
-from llmkit.process import guardian
 from llmkit.process.guardian import RECORD, Process, is_alive, marked, send
 from llmkit.process.guardian import stat as process_stat
 from llmkit.process.keeper import Ended, KeptProcess
