@@ -59,6 +59,8 @@ ANSWERS: Final[dict[str, dict[str, Any]]] = {
     },
     "/tokenize": {"count": 3, "max_model_len": 512, "tokens": [17, 4, 9], "token_strs": None},
 }
+A_KEY: Final = "llmkit-..."
+_KEY: Final = re.compile(r"llmkit-[A-Za-z0-9]{43}")
 PLACES: Final = os.pathsep.join(str(place) for place in (Path(__file__).parent, EXTENSIONS, REPOSITORY))
 METRICS: Final = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
 
@@ -111,6 +113,7 @@ class Teller:
         if answer.status_code == 202:
             wait_until(lambda: self._server.request("GET", "llm/loaded_models/").json(), "the model is loaded")
         text = text.replace(self._config_id, CONFIG_ID).replace(str(self._server.state_dir), STATE_DIR)
+        text = _KEY.sub(A_KEY, text)
         kind = answer.headers["Content-Type"].partition(";")[0]
         told: dict[str, Any] = {"status": answer.status_code}
         if kind == "text/event-stream":

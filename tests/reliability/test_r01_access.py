@@ -15,6 +15,7 @@ from jupyter_server.auth.authorizer import Authorizer
 
 from jupyter_server_ext.app import LLMKitApp
 from jupyter_server_ext.handlers import ROUTES
+from llmkit.tool_keys import ToolKeyRequest
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 READING = ("GET", "HEAD")
@@ -53,6 +54,13 @@ def reading(method: str, path: str) -> bool:
     return method in READING
 
 
+def asking(method: str, path: str) -> bool:
+    """Open what a key for tools is for."""
+    if path.startswith("/llm/v1/"):
+        return method == ("GET" if path.startswith("/llm/v1/models") else "POST")
+    return path.startswith("/llm/inference/") and method == ("DELETE" if path.endswith("/some-id/") else "POST")
+
+
 def nothing(method: str, path: str) -> bool:
     """Open nothing."""
     return False
@@ -75,7 +83,9 @@ class Credential:
     params: Mapping[str, str] | None = None
 
 
-async def credentials(client: httpx.AsyncClient, base: str, token: str) -> dict[str, Credential]:
+async def credentials(
+    client: httpx.AsyncClient, base: str, token: str, key: str, revoked: str
+) -> dict[str, Credential]:
     """Give all ways to come, by name; a new one is a line here that says what it opens."""
     await client.get(f"{base}/login", params={"token": token})
     await client.get(f"{base}/tree")
@@ -108,7 +118,21 @@ async def credentials(client: httpx.AsyncClient, base: str, token: str) -> dict[
         "basic": header(f"Basic {basic}", nothing),
         "token without a scheme": header(token, nothing),
         "token in a header of its own": Credential({"X-API-Key": token}, nothing),
+        "tool key": header(f"Bearer {key}", asking),
+        "tool key as a token": header(f"token {key}", asking),
+        "tool key in the query": Credential({}, nothing, {"token": key}),
+        "tool key in another case": header(f"Bearer {key.swapcase()}", nothing),
+        "revoked tool key": header(f"Bearer {revoked}", nothing),
     }
+
+
+async def tool_keys(serverapp: Any) -> tuple[str, str]:
+    """Make a key for tools, and one that is revoked."""
+    (extension,) = serverapp.extension_manager.extension_apps["jupyter_server_ext"]
+    keys = (await extension.ready()).keys
+    key, revoked = [(await keys.create(ToolKeyRequest(name=name))).key for name in ("good", "revoked")]
+    await keys.revoke("revoked")
+    return key, revoked
 
 
 def _cookie(cookies: dict[str, str]) -> str:
@@ -146,7 +170,7 @@ def routes(jp_serverapp: Any, http_server: Any, jp_base_url: str) -> list[str]:
         found = ours.search(pattern)
         if found is None:
             continue
-        path = pattern[found.start() :].removesuffix("$")
+        path = pattern[found.start() :].removesuffix("$").replace(r"\.", ".")
         for anything, place in PLACES.items():
             path = path.replace(anything, place)
         choice = re.search(r"\(([^()]*)\)", path)
@@ -165,7 +189,7 @@ async def test_r01_nobody_gets_in_who_should_not(
     statuses: Counter[int] = Counter()
     wrong = []
     async with httpx.AsyncClient(follow_redirects=False, timeout=60, trust_env=False) as client:
-        ways = await credentials(client, base, token or "none")
+        ways = await credentials(client, base, token or "none", *await tool_keys(jp_serverapp))
         for name, way in ways.items():
             for path in routes:
                 for method in METHODS:
@@ -191,19 +215,25 @@ def complaint(answer: httpx.Response, mode: str, name: str, *, is_opened: bool) 
     status, method = answer.status_code, answer.request.method
     if method == "OPTIONS":
         # A browser asks this before it sends credentials; the answer holds nothing.
-        return None if status == 403 or (status in (200, 204) and not answer.content) else "more than a preflight"
+        return None if status in (401, 403) or (status in (200, 204) and not answer.content) else "more than a preflight"
     if status >= 500:
         return "a failure"
     if status >= 300 and method != "HEAD" and not _is_error(answer):
         return "an error in another form"
-    if mode == "open" and name != "cookie from another page":
+    # A key for tools is never more than it is, also where nothing at all opens everything.
+    if mode == "open" and name != "cookie from another page" and not is_key(name):
         return "refused, in open mode" if status in (401, 403) else None
     if mode == "deny all" or not is_opened:
         # Tornado refuses a method that it does not have before it looks who comes; a page of another origin is refused
         # as 404 where a cookie would let it in.
         allowed = (401, 403, 405, 404) if name == "cookie from another page" else (401, 403, 405)
-        return None if status in allowed or (mode == "open") else "not refused"
+        return None if status in allowed or (mode == "open" and not is_key(name)) else "not refused"
     return "refused" if status in (401, 403) else None
+
+
+def is_key(name: str) -> bool:
+    """Say whether a way to come is a key for tools that has the form of one."""
+    return "tool key" in name and "another case" not in name
 
 
 def _is_error(answer: httpx.Response) -> bool:
