@@ -34,14 +34,6 @@ def test_what_was_written_is_there_the_next_time_and_the_last_word_counts(path: 
     assert known(path, "a", "b") == {"a": rows[0], "b": Row(id="b", response="yes", seconds=0.5)}
 
 
-def test_what_was_taken_back_is_not_known_until_it_is_written_again(path: Path) -> None:
-    with Checkpoint(path) as checkpoint:
-        checkpoint.append([Row(id="a", response="one"), Row(id="a", void=True)])
-        assert checkpoint.read(["a"]) == {}
-        checkpoint.append([Row(id="a", response="two")])
-    assert known(path, "a") == {"a": Row(id="a", response="two")}
-
-
 def test_every_torn_end_costs_only_the_line_that_was_not_whole(path: Path) -> None:
     with Checkpoint(path) as checkpoint:
         checkpoint.append([Row(id="a", response="one"), Row(id="b", response="two")])
