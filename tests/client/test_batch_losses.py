@@ -286,6 +286,7 @@ def test_no_answer_of_a_changed_configuration_is_kept_for_the_old_one(
             assert "was changed meanwhile" in str(caught.value) or stopped
             assert later
             client.update("one", model_kwargs=kwargs)
+            monkeypatch.undo()
             before = dict(echo.asked)
             again = client.map(data, "{n}", model="one", checkpoint=file, progress=False)
         finally:
