@@ -15,12 +15,14 @@ from typing import Any, Self
 
 import pandas as pd
 import pytest
+import tqdm.auto
 from aiohttp import web
 from echo_upstream import Echo
 from support import JupyterServer, wait_until
 
 from llmkit.client import Client, batch, batch_asking, connect
 from llmkit.client.connection import Connection, Server
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, UpstreamRefusedKey
 
 ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds", "answered_by"]
@@ -119,6 +121,9 @@ def test_the_same_call_again_asks_nothing(client: Client, echo: Echo, countries:
     assert set(echo.asked.values()) == {1}
     (file,) = Path(".llmkit").glob("*.jsonl")
     assert file.name.startswith("map-")
+    # Answers are nobody else's, and nothing to commit.
+    assert Path(".llmkit").stat().st_mode & 0o777 == 0o700
+    assert Path(".llmkit/.gitignore").read_text() == "*\n"
 
 
 def test_finished_rows_are_had_though_the_model_is_no_longer_loaded(client: Client, countries: pd.DataFrame) -> None:
@@ -414,10 +419,62 @@ def test_compare_gives_a_row_for_each_row_and_model(client: Client, echo: Echo, 
     assert list(told.columns) == ["row", "model_id", *ADDED, "configuration_hash"]
 
 
+def test_an_answer_that_cannot_even_be_read_is_the_error_of_its_row(client: Client, echo: Echo) -> None:
+    async def told(prompt: str, times: int) -> str:
+        return "[" * 100_000 if prompt == "b" else '{"name": "Paris", "people": 1}'
+
+    echo.script = told
+    answered = ask(client, [{"x": x} for x in "abc"], "{x}", schema=CITY)
+    assert answered["error"].isna().tolist() == [True, False, True]
+    assert "nested too deeply" in answered["error"].iloc[1]
+    assert answered["people"].tolist()[::2] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["row", "model_id", "configuration_hash"])
+def test_a_comparison_refuses_a_property_that_it_has_itself(client: Client, echo: Echo, name: str) -> None:
+    schema = {"type": "object", "properties": {name: {"type": "integer"}}}
+    with pytest.raises(DoesNotFit, match=f"property `{name}`"):
+        client.compare(["one"], [{"x": "a"}], "{x}", schema=schema)
+    assert not echo.asked
+
+
+def test_a_comparison_says_at_the_beginning_that_a_model_is_not_loaded(client: Client, echo: Echo) -> None:
+    client.unload("two")
+    with pytest.raises(ModelNotLoaded, match="`two` is not loaded"):
+        client.compare(["one", "two"], [{"x": "a"}], "{x}", progress=False)
+    assert not echo.asked
+
+
+def test_what_a_fallback_has_answered_says_so_and_is_asked_again_of_the_model_itself(
+    client: Client, echo: Echo, countries: pd.DataFrame
+) -> None:
+    async def fail(prompt: str, times: int) -> web.Response | None:
+        first = echo.bodies[-1].get("top_p") == 0.5
+        return web.json_response({"error": {"message": "down"}}, status=503) if first else None
+
+    echo.script = fail
+    kwargs = {"base_url": echo.base_url, "max_retries": 0, "top_p": 0.5}
+    client.update("one", reload=True, model_kwargs=kwargs, fallback="two")
+    assert ask(client, countries)["answered_by"].tolist() == ["two"] * 3
+    compared = client.compare(["one"], countries, "Capital of {country}?", progress=False)
+    assert compared["answered_by"].tolist() == ["two"] * 3
+    assert compared["configuration_hash"].isna().all()
+    echo.script = None
+    assert ask(client, countries)["answered_by"].tolist() == ["one"] * 3
+    before = echo.asked.total()
+    assert ask(client, countries)["answered_by"].tolist() == ["one"] * 3
+    assert echo.asked.total() == before
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"concurrency": 0}, "at least 1"),
+        ({"concurrency": "8"}, "`concurrency` is '8'; it is a whole number"),
+        ({"concurrency": 2.5}, "`concurrency` is 2.5; it is a whole number"),
+        ({"patience": None}, "`patience` is None; it is a number"),
+        ({"patience": float("nan")}, "at least 0"),
+        ({"schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}}, "which is not in it"),
         ({"retries": -1}, "at least 0"),
         ({"missing": "x"}, "missing"),
         ({"on_engine_lost": "x"}, "on_engine_lost"),
@@ -461,6 +518,61 @@ def test_a_bar_shows_how_many_rows_are_finished(
     assert "6/6" in shown
     assert "row/s" in shown
     assert "2 failed" in shown
+
+
+@pytest.mark.parametrize("name", ["__init__", "update", "close"])
+def test_a_bar_that_cannot_be_shown_ends_nothing(
+    client: Client, countries: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    bar = type("Bar", (tqdm.auto.tqdm,), {name: fail, "__del__": lambda self: None})
+    monkeypatch.setattr(tqdm.auto, "tqdm", bar)
+    assert ask(client, countries, progress=True)["error"].isna().all()
+
+
+def test_a_stop_before_it_has_begun_says_how_to_go_on(
+    client: Client, countries: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", press_stop)
+    with pytest.raises(Stopped, match="0 of 3 rows are finished"):
+        ask(client, countries, progress=True)
+
+
+def test_a_second_press_on_the_stop_button_leaves_nothing_running(
+    client: Client, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(prompt: str, times: int) -> None:
+        await asyncio.sleep(60 if int(prompt) > 5 else 0)
+
+    echo.script = hang
+    presses = 0
+    wait = batch_asking.Asking.wait
+
+    def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
+        if len(self.done) < 6:
+            return wait(self, 0.01)
+        join = self._thread.join
+
+        def press_again(timeout: float | None = None) -> None:
+            nonlocal presses
+            presses += 1
+            if presses < 3:
+                raise KeyboardInterrupt
+            join(timeout)
+
+        monkeypatch.setattr(self._thread, "join", press_again)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch_asking.Asking, "wait", press_stop)
+    with pytest.raises(Stopped, match="6 of 20 rows are finished"):
+        ask(client, pd.DataFrame({"n": range(20)}), "{n}", concurrency=2)
+    assert presses == 3
+    assert "llmkit-map" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_help_shows_every_parameter_with_its_type_and_no_more_of_how_it_is_made() -> None:

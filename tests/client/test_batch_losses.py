@@ -205,6 +205,9 @@ def test_a_server_that_comes_back_with_another_token_is_asked_with_it_where_it_c
         wait_until(lambda: len(echo.asked) > 20, "some answers")
         start_with_another_token(server)
         answered = running.result()
+        # The client has learnt it, too.
+        again = client.map(data, "{n}", model="one", checkpoint=file, progress=False)
+        pd.testing.assert_frame_equal(again, answered)
     assert answered["error"].isna().all()
     assert answered["response"].tolist() == [f"to {n}" for n in range(150)]
     assert echo.asked.total() - 150 <= 4
@@ -232,6 +235,26 @@ def test_without_the_other_token_the_error_says_so_and_finished_rows_are_kept(
             answered = again.map(data, "{n}", model="one", checkpoint=file, progress=False)
     assert answered["response"].tolist() == [f"to {n}" for n in range(100)]
     assert echo.asked.total() - 100 <= 8
+
+
+def test_a_comparison_outlives_a_restart_of_the_server(
+    echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = pd.DataFrame({"n": range(60)})
+    with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        configure(client, echo)
+        client.configure("two", "gpt-3", "openai", {"base_url": echo.base_url, "max_retries": 0})
+        client.load("two", progress=False)
+        running = InThread(lambda: client.compare(["one", "two"], data, "{n}", progress=False, concurrency=4))
+        wait_until(lambda: len(echo.asked) > 20, "some answers of the first model")
+        server.stop()
+        assert len(echo.asked) < 60
+        server.start()
+        compared = running.result()
+    assert compared["error"].isna().all()
+    assert compared["response"].tolist() == [f"to {n}" for n in range(60)] * 2
+    assert compared["answered_by"].tolist() == ["one"] * 60 + ["two"] * 60
 
 
 def test_a_loss_ends_the_batch_where_that_was_asked_and_finished_rows_are_kept(echo: Echo, tmp_path: Path) -> None:
