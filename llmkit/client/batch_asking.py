@@ -142,15 +142,17 @@ class Asking:
         Who presses the stop button once more does not shorten that: it takes some seconds at most.
         """
         self._stopped = True
+        if self._thread.ident is None:  # never started
+            return
         end, told = time.monotonic() + _STOP_SECONDS, False
-        # Not alive: it was never started, or has ended.
-        while self._thread.is_alive() and time.monotonic() < end:
+        # The event and not the thread: a join that is interrupted takes the thread for ended (Python 3.11).
+        while not self._finished.is_set() and time.monotonic() < end:
             with contextlib.suppress(KeyboardInterrupt):
                 if not told and self._loop is not None and self._main is not None:
                     told = True
                     with contextlib.suppress(RuntimeError):  # it has ended meanwhile
                         self._loop.call_soon_threadsafe(self._main.cancel)
-                self._thread.join(max(end - time.monotonic(), 0.0))
+                self._finished.wait(max(end - time.monotonic(), 0.0))
 
     # -- in the loop -------------------------------------------------------------------------------------------
 
