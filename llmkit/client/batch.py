@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -11,6 +13,7 @@ from llmkit.client.batch_asking import Asking
 from llmkit.client.batch_checkpoint import Row, as_json
 from llmkit.client.batch_schema import AnswerSchema
 from llmkit.client.batch_template import Rows, Template
+from llmkit.client.results import Configuration
 from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotLoaded
 
@@ -26,10 +29,47 @@ COLUMNS: Final = {
     "prompt_tokens": "Int64",
     "completion_tokens": "Int64",
     "seconds": "Float64",
+    "answered_by": "string",
 }
 """The columns of every result and their types."""
+_FIELDS: Final = {"answered_by": "model_id"}
+"""What a column is called in a row of the checkpoint, if not the same."""
 _OURS: Final = ("stream", "messages", "request_id", "n", "prompt", "model_id")
 _LOOK_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A model as it was when the work began.
+
+    Attributes
+    ----------
+    epoch
+        Of the server; it changes when the server is started anew.
+    status
+        Of the model.
+    """
+
+    configuration: Configuration
+    epoch: str
+    status: str
+
+    @classmethod
+    def look(cls, client: Client, model_id: str) -> Self:
+        """Look at a model now.
+
+        Raises
+        ------
+        LLMKitError
+        """
+        epoch = client.health().epoch
+        model = client.model(model_id)
+        return cls(client.configuration(model.config_id), epoch, model.status)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the model answers, or is about to."""
+        return self.status in ("loaded", "loading") or bool(self.configuration.auto_load)
 
 
 class Batch:
@@ -37,18 +77,17 @@ class Batch:
 
     Attributes
     ----------
+    seen
+        The model.
     places
         For each prompt that is different, by its identity, the positions of its rows.
-    answered_by
-        Which model has answered each row of the result.
     """
 
     def __init__(
         self,
-        client: Client,
+        seen: Seen,
         data: Any,
         template: str,
-        model: str,
         system: str | None,
         schema: Any,
         inference_kwargs: Mapping[str, Any],
@@ -59,7 +98,7 @@ class Batch:
             raise DoesNotFit('`missing` is "error" or "skip".', param="missing")
         if wrong := next((name for name in _OURS if name in inference_kwargs), None):
             raise DoesNotFit(f"`{wrong}` cannot be given here: each row is one prompt.", param=wrong)
-        self._client, self._pandas = client, _pandas()
+        self.seen, self._pandas = seen, _pandas()
         self.table = _table(data, self._pandas)
         self._template = Template(template, list(self.table.columns))
         self._schema = None if schema is None else AnswerSchema(schema)
@@ -73,10 +112,7 @@ class Batch:
                 raise DoesNotFit("Give `schema` or `response_format`, not both.", param="schema")
             self.inference_kwargs["response_format"] = self._schema.response_format
         self._rows = Rows(self.table, self._template, missing=missing, pandas=self._pandas)
-        self._model = model
-        self.answered_by: list[str | None] = []
-        self.configuration = client.configuration(client.model(model).config_id)
-        what = [template, model, self.configuration.hash, self.inference_kwargs]
+        what = [template, seen.configuration.model_id, seen.configuration.hash, self.inference_kwargs]
         self._what = as_json(what).encode()
         self.places: dict[str, list[int]] = {}
         for position, prompt in self._rows:
@@ -106,31 +142,34 @@ class Batch:
         digest = hashlib.sha256(self._what).hexdigest()[:16]
         return Path(".llmkit") / f"map-{digest}.jsonl"
 
-    def prompts(self, identities: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Give identity and prompt, each made only when it is its turn."""
-        return ((identity, self._rows.prompt(self.places[identity][0])) for identity in identities)
+    def prompt(self, identity: str) -> str:
+        """Make a prompt."""
+        return self._rows.prompt(self.places[identity][0])
+
+    def is_known(self, row: Row, *, retry_errors: bool) -> bool:
+        """Say whether a row of the checkpoint needs not be asked again.
+
+        What another model has answered, because this one failed, is no answer of this one.
+        """
+        if row.model_id not in (None, self.seen.configuration.model_id):
+            return False
+        return row.error is None or not retry_errors
 
     def check(self, text: str, finish_reason: str | None) -> str | None:
         """Say what is wrong with an answer, or None."""
         wrong = self._schema.check(text, finish_reason) if self._schema else None
         return f"The answer {wrong}" if wrong else None
 
-    def look(self) -> str:
-        """Give the epoch of the server, if the model is there or about to be.
-
-        Raises
-        ------
-        ModelNotLoaded
-            If it has to be loaded first.
-        """
-        status = self._client.model(self._model).status
-        if status not in ("loaded", "loading") and not self.configuration.auto_load:
+    def require_model(self) -> None:
+        """Raise `ModelNotLoaded` if the model has to be loaded first."""
+        seen = self.seen
+        if not seen.is_there:
+            model_id = seen.configuration.model_id
             raise ModelNotLoaded(
-                f"`{self._model}` is {'not loaded' if status == 'unloaded' else status}.",
-                hint=f"client.load({self._model!r}) loads it.",
+                f"`{model_id}` is {'not loaded' if seen.status == 'unloaded' else seen.status}.",
+                hint=f"client.load({model_id!r}) loads it.",
                 param="model",
             )
-        return self._client.health().epoch
 
     def count(self, rows: Iterable[Row]) -> tuple[int, int]:
         """Give of how many rows of the table these are the answers, and how many of them failed."""
@@ -153,9 +192,8 @@ class Batch:
             for position in positions:
                 at[position] = rows.get(identity)
         index, new = self.table.index, {}
-        self.answered_by = [None if row is None else row.model_id for row in at]
         for name, dtype in COLUMNS.items():
-            cells = [None if row is None else getattr(row, name) for row in at]
+            cells = [None if row is None else getattr(row, _FIELDS.get(name, name)) for row in at]
             if name == "error":
                 for position, reason in self._rows.skipped.items():
                     cells[position] = reason
@@ -211,17 +249,29 @@ class _Bar:
 
     def __enter__(self) -> Self:
         if self._visible:
-            from tqdm.auto import tqdm  # slow to import
-
-            finished, self._failed = self._batch.count(self._asking.done.values())
-            self._bar = tqdm(
-                total=len(self._batch.table),
-                initial=finished + self._batch.skipped,  # so that the rate is that of this call
-                desc=self._asking.plan.model_id,
-                unit="row",
-                dynamic_ncols=True,
-            )
+            with self._or_none():
+                self._bar = self._make()
         return self
+
+    def _make(self) -> Any:
+        from tqdm.auto import tqdm  # slow to import
+
+        finished, self._failed = self._batch.count(self._asking.done.values())
+        return tqdm(
+            total=len(self._batch.table),
+            initial=finished + self._batch.skipped,  # so that the rate is that of this call
+            desc=self._asking.plan.model_id,
+            unit="row",
+            dynamic_ncols=True,
+        )
+
+    @contextlib.contextmanager
+    def _or_none(self) -> Iterator[None]:
+        """Go on without a bar where it cannot be shown, as in a terminal that was closed: the work is worth more."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001  # of whatever shows it
+            self._bar = None
 
     def show(self) -> None:
         """Show how far it is."""
@@ -230,14 +280,16 @@ class _Bar:
         finished, failed = self._batch.count(self._asking.take_news())
         self._failed += failed
         told = [f"{self._failed} failed"] if self._failed else []
-        self._bar.set_postfix_str(", ".join([*told, *filter(None, [self._asking.note])]), refresh=False)
-        if not self._bar.update(finished):
-            self._bar.refresh()  # the time goes on, and what it waits for
+        with self._or_none():
+            self._bar.set_postfix_str(", ".join([*told, *filter(None, [self._asking.note])]), refresh=False)
+            if not self._bar.update(finished):
+                self._bar.refresh()  # the time goes on, and what it waits for
 
     def __exit__(self, *_: object) -> None:
+        self.show()
         if self._bar is not None:
-            self.show()
-            self._bar.close()
+            with self._or_none():
+                self._bar.close()
 
 
 def _pandas() -> Any:

@@ -107,13 +107,19 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._http = httpx.Client(
-            base_url=server.url,
-            headers={**server.headers, "Accept": "application/json"},
-            follow_redirects=False,
-            timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
-            **_reach(server, httpx),
-        )
+        self._http = _http(server)
+
+    def move_to(self, server: Server) -> None:
+        """Go on at another address, or with another token: the server was started anew.
+
+        Raises
+        ------
+        ConnectError
+            If its certificate cannot be read.
+        """
+        before, self._http = self._http, _http(server)
+        self.server = server
+        before.close()
 
     def close(self) -> None:
         """Close the connections."""
@@ -248,6 +254,16 @@ class Connection:
         return ServerNotFound(
             f"{url} does not answer.", hint="Is the Jupyter server running? `jupyter server list` shows those that are."
         )
+
+
+def _http(server: Server) -> httpx.Client:
+    return httpx.Client(
+        base_url=server.url,
+        headers={**server.headers, "Accept": "application/json"},
+        follow_redirects=False,
+        timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
+        **_reach(server, httpx),
+    )
 
 
 def _reach(server: Server, library: Any, *, is_async: bool = False) -> dict[str, Any]:

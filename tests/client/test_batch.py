@@ -7,23 +7,29 @@ import contextlib
 import inspect
 import os
 import pydoc
+import signal
 import ssl
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 import pytest
+import tqdm.auto
 from aiohttp import web
 from echo_upstream import Echo
 from support import JupyterServer, wait_until
 
 from llmkit.client import Client, batch, batch_asking, connect
+from llmkit.client.batch_checkpoint import Checkpoint
 from llmkit.client.connection import Connection, Server
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, UpstreamRefusedKey
 
-ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds"]
+ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds", "answered_by"]
 COUNTRIES = ["France", "Japan", "Peru"]
 
 
@@ -117,8 +123,11 @@ def test_the_same_call_again_asks_nothing(client: Client, echo: Echo, countries:
     again = ask(client, countries)
     pd.testing.assert_frame_equal(first, again)
     assert set(echo.asked.values()) == {1}
-    (file,) = Path(".llmkit").iterdir()
+    (file,) = Path(".llmkit").glob("*.jsonl")
     assert file.name.startswith("map-")
+    # Answers are nobody else's, and nothing to commit.
+    assert Path(".llmkit").stat().st_mode & 0o777 == 0o700
+    assert Path(".llmkit/.gitignore").read_text() == "*\n"
 
 
 def test_finished_rows_are_had_though_the_model_is_no_longer_loaded(client: Client, countries: pd.DataFrame) -> None:
@@ -185,7 +194,7 @@ def test_a_failure_that_passes_is_asked_again(client: Client, echo: Echo, countr
 
     echo.script = fail_twice
     assert ask(client, countries, retries=2)["error"].isna().all()
-    assert set(echo.asked.values()) == {3}
+    assert min(echo.asked.values()) == 3
 
 
 def test_a_failure_that_stays_is_the_error_of_its_row_alone(
@@ -411,13 +420,65 @@ def test_compare_gives_a_row_for_each_row_and_model(client: Client, echo: Echo, 
     hashes = [client.configuration(client.model(name).config_id).hash for name in ("one", "two")]
     assert told["configuration_hash"].tolist() == [hashes[0]] * 3 + [hashes[1]] * 3
     assert hashes[0] != hashes[1]
-    assert list(told.columns) == ["row", "model_id", *ADDED, "answered_by", "configuration_hash"]
+    assert list(told.columns) == ["row", "model_id", *ADDED, "configuration_hash"]
+
+
+def test_an_answer_that_cannot_even_be_read_is_the_error_of_its_row(client: Client, echo: Echo) -> None:
+    async def told(prompt: str, times: int) -> str:
+        return "[" * 100_000 if prompt == "b" else '{"name": "Paris", "people": 1}'
+
+    echo.script = told
+    answered = ask(client, [{"x": x} for x in "abc"], "{x}", schema=CITY)
+    assert answered["error"].isna().tolist() == [True, False, True]
+    assert "nested too deeply" in answered["error"].iloc[1]
+    assert answered["people"].tolist()[::2] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["row", "model_id", "configuration_hash"])
+def test_a_comparison_refuses_a_property_that_it_has_itself(client: Client, echo: Echo, name: str) -> None:
+    schema = {"type": "object", "properties": {name: {"type": "integer"}}}
+    with pytest.raises(DoesNotFit, match=f"property `{name}`"):
+        client.compare(["one"], [{"x": "a"}], "{x}", schema=schema)
+    assert not echo.asked
+
+
+def test_a_comparison_says_at_the_beginning_that_a_model_is_not_loaded(client: Client, echo: Echo) -> None:
+    client.unload("two")
+    with pytest.raises(ModelNotLoaded, match="`two` is not loaded"):
+        client.compare(["one", "two"], [{"x": "a"}], "{x}", progress=False)
+    assert not echo.asked
+
+
+def test_what_a_fallback_has_answered_says_so_and_is_asked_again_of_the_model_itself(
+    client: Client, echo: Echo, countries: pd.DataFrame
+) -> None:
+    async def fail(prompt: str, times: int) -> web.Response | None:
+        first = echo.bodies[-1].get("top_p") == 0.5
+        return web.json_response({"error": {"message": "down"}}, status=503) if first else None
+
+    echo.script = fail
+    kwargs = {"base_url": echo.base_url, "max_retries": 0, "top_p": 0.5}
+    client.update("one", reload=True, model_kwargs=kwargs, fallback="two")
+    assert ask(client, countries)["answered_by"].tolist() == ["two"] * 3
+    compared = client.compare(["one"], countries, "Capital of {country}?", progress=False)
+    assert compared["answered_by"].tolist() == ["two"] * 3
+    assert compared["configuration_hash"].isna().all()
+    echo.script = None
+    assert ask(client, countries)["answered_by"].tolist() == ["one"] * 3
+    before = echo.asked.total()
+    assert ask(client, countries)["answered_by"].tolist() == ["one"] * 3
+    assert echo.asked.total() == before
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"concurrency": 0}, "at least 1"),
+        ({"concurrency": "8"}, "`concurrency` is '8'; it is a whole number"),
+        ({"concurrency": 2.5}, "`concurrency` is 2.5; it is a whole number"),
+        ({"patience": None}, "`patience` is None; it is a number"),
+        ({"patience": float("nan")}, "at least 0"),
+        ({"schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}}, "which is not in it"),
         ({"retries": -1}, "at least 0"),
         ({"missing": "x"}, "missing"),
         ({"on_engine_lost": "x"}, "on_engine_lost"),
@@ -461,6 +522,75 @@ def test_a_bar_shows_how_many_rows_are_finished(
     assert "6/6" in shown
     assert "row/s" in shown
     assert "2 failed" in shown
+
+
+@pytest.mark.parametrize("name", ["__init__", "update", "close"])
+def test_a_bar_that_cannot_be_shown_ends_nothing(
+    client: Client, countries: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    bar = type("Bar", (tqdm.auto.tqdm,), {name: fail, "__del__": lambda self: None})
+    monkeypatch.setattr(tqdm.auto, "tqdm", bar)
+    assert ask(client, countries, progress=True)["error"].isna().all()
+
+
+def test_a_stop_before_it_has_begun_says_how_to_go_on(
+    client: Client, countries: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", press_stop)
+    with pytest.raises(Stopped, match="0 of 3 rows are finished"):
+        ask(client, countries, progress=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+def test_a_second_press_on_the_stop_button_does_not_leave_what_is_being_written(
+    client: Client, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+    write = Checkpoint._write
+
+    def write_slowly(self: Checkpoint, data: bytes) -> None:
+        if b"to 5" in data:
+            writing.set()
+            assert go_on.wait(30)
+        write(self, data)
+
+    async def hang(prompt: str, times: int) -> None:
+        await asyncio.sleep(60 if int(prompt) > 5 and times == 1 else 0)
+
+    def press_again(asking: batch_asking.Asking) -> None:
+        wait_until(lambda: asking._stopped, "the first press")
+        for _ in range(2):
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        go_on.set()
+
+    pressing: list[threading.Thread] = []
+    wait = batch_asking.Asking.wait
+
+    def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
+        if not writing.is_set():
+            return wait(self, 0.01)
+        pressing.append(threading.Thread(target=press_again, args=(self,)))
+        pressing[0].start()
+        raise KeyboardInterrupt
+
+    echo.script = hang
+    data = pd.DataFrame({"n": range(20)})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "_write", write_slowly)
+        patch.setattr(batch_asking.Asking, "wait", press_stop)
+        with pytest.raises(Stopped, match="6 of 20 rows are finished"):
+            ask(client, data, "{n}", concurrency=1)
+        pressing[0].join()
+    assert ask(client, data, "{n}")["error"].isna().all()
+    assert echo.asked["5"] == 1
 
 
 def test_help_shows_every_parameter_with_its_type_and_no_more_of_how_it_is_made() -> None:
