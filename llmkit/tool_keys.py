@@ -84,7 +84,13 @@ class ToolKeyRequest(Strict):
 
 
 class ToolKey(Wire):
-    """What is known of a key; nothing that opens anything."""
+    """What is known of a key; nothing that opens anything.
+
+    Examples
+    --------
+    >>> for key in client.keys():
+    ...     print(key.name, key.expires_at)
+    """
 
     name: str
     models: list[str] = Field([], description="Patterns of the model_ids that it may ask; none: every model.")
@@ -109,6 +115,13 @@ class NewToolKey(ToolKey):
     """A key that was just made: the only time that its text is told.
 
     It is not shown with the rest, so that it does not end up in a notebook's output.
+
+    Examples
+    --------
+    >>> made = client.create_key("lesson", expires=3600)
+    >>> made
+    <NewToolKey 'lesson': its text is in `.key`, and cannot be had again>
+    >>> client.revoke_key("lesson")
     """
 
     key: str = Field(repr=False, description="The key itself; the server keeps only its digest.")

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
-from llmkit.client import discovery, keys
+from llmkit.client import discovery
+from llmkit.client import keys as asking_keys
 from llmkit.client.client import Client
 from llmkit.client.results import Answer, Configuration, Model
 from llmkit.client.streaming import AnswerStream, Piece, read_events
@@ -399,6 +400,9 @@ class AsyncClient:
     conversation = _awaited(Client.conversation)
     save_conversation = _awaited(Client.save_conversation)
     delete_conversation = _awaited(Client.delete_conversation)
+    keys = _awaited(Client.keys)
+    create_key = _awaited(Client.create_key)
+    revoke_key = _awaited(Client.revoke_key)
 
     # -- what can be ended half-way, or needs more than a thread ---------------------------------------------------
 
@@ -465,7 +469,7 @@ class AsyncClient:
         API key of gpt: ········
         """
         # A kernel can ask a person only from the thread that runs the cell.
-        given = keys.ask_key(model_id) if key is None else key
+        given = asking_keys.ask_key(model_id) if key is None else key
         return await self._threads.run(lambda: self._client.set_key(model_id, given, reload=reload))
 
     async def follow_logs(self, model_id: str, tail: int = 200) -> AsyncGenerator[str]:

@@ -16,7 +16,16 @@ class ToolKeys:
     connection: Connection
 
     def keys(self) -> list[ToolKey]:
-        """Give what is known of every key for tools, oldest first: when it ends and was last used, not the key."""
+        """Give what is known of every key for tools, oldest first: when it ends and was last used, not the key.
+
+        Examples
+        --------
+        >>> made = client.create_key("script")
+        >>> keys = client.keys()
+        >>> [key.name for key in keys]
+        ['script']
+        >>> client.revoke_key("script")
+        """
         return ToolKeyList.model_validate(self.connection.call("GET", "llm/keys/")).keys
 
     def create_key(
@@ -53,8 +62,13 @@ class ToolKeys:
 
         Examples
         --------
-        >>> made = client.create_key("editor", models=["code-*"], expires=timedelta(days=30))  # doctest: +SKIP
-        >>> OpenAI(base_url=f"{client.url}llm/v1", api_key=made.key)  # doctest: +SKIP
+        >>> from datetime import timedelta
+        >>> import openai
+        >>> made = client.create_key("editor", models=["code-*"], expires=timedelta(days=30))
+        >>> tool = openai.OpenAI(base_url=f"{client.url}llm/v1", api_key=made.key)
+        >>> [model.id for model in tool.models.list()]  # of those that are loaded it may ask none
+        []
+        >>> client.revoke_key("editor")
         """
         body: dict[str, Any] = {"models": [models] if isinstance(models, str) else list(models)}
         if name is not None:
@@ -66,5 +80,11 @@ class ToolKeys:
         return NewToolKey.model_validate(self.connection.call("POST", "llm/keys/", json=body))
 
     def revoke_key(self, name: str) -> None:
-        """Revoke a key for tools, which opens nothing from the next request on, or raise `KeyNotFound`."""
+        """Revoke a key for tools, which opens nothing from the next request on, or raise `KeyNotFound`.
+
+        Examples
+        --------
+        >>> made = client.create_key("notebook")
+        >>> client.revoke_key("notebook")
+        """
         self.connection.call("DELETE", path_to("llm/keys", name))

@@ -120,7 +120,7 @@ def upstream() -> Iterator[MockUpstream]:
 @pytest.fixture(scope="module")
 def documented(upstream: MockUpstream) -> Iterator[JupyterServer]:
     """Give a server whose model type ``vllm`` needs no vLLM."""
-    path = os.pathsep.join(filter(None, (PLUGIN["PYTHONPATH"].split(os.pathsep)[0], os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (*PLUGIN["PYTHONPATH"].split(os.pathsep)[:2], os.environ.get("PYTHONPATH"))))
     env = {"PYTHONPATH": path, "OPENAI_BASE_URL": upstream.base_url, "OPENAI_API_KEY": "sk-of-the-server"}
     made = JupyterServer("server", env=env)
     (made.folder / "config" / "jupyter_server_config.py").write_text(VLLM)

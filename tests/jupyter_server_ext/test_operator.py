@@ -83,13 +83,13 @@ def test_names_of_models(decided: Client) -> None:
 
 
 def test_addresses(decided: Client) -> None:
-    for url in ("http://169.254.169.254/v1", "https://a.example.com/v2"):
+    for url in ("http://10.11.12.13/v1", "https://a.example.com/v2"):
         with pytest.raises(RefusedByOperator, match="does not allow requests to"):
             decided.configure("x", "gpt-3", "openai", {"base_url": url})
     with pytest.raises(RefusedByOperator):  # OpenAI's own is not among them
         decided.configure("x", "gpt-3", "openai")
     with pytest.raises(RefusedByOperator):
-        decided.update("m", model_kwargs={"base_url": "http://169.254.169.254/v1"}, reload=True)
+        decided.update("m", model_kwargs={"base_url": "http://10.11.12.13/v1"}, reload=True)
     decided.configure("x", "gpt-3", "openai", {"base_url": "https://a.example.com/v1"})
     decided.delete("x")
 

@@ -215,7 +215,9 @@ def complaint(answer: httpx.Response, mode: str, name: str, *, is_opened: bool) 
     status, method = answer.status_code, answer.request.method
     if method == "OPTIONS":
         # A browser asks this before it sends credentials; the answer holds nothing.
-        return None if status in (401, 403) or (status in (200, 204) and not answer.content) else "more than a preflight"
+        return (
+            None if status in (401, 403) or (status in (200, 204) and not answer.content) else "more than a preflight"
+        )
     if status >= 500:
         return "a failure"
     if status >= 300 and method != "HEAD" and not _is_error(answer):
