@@ -284,6 +284,8 @@ class LLMKitApp(ExtensionApp):
 
     def _check_places(self) -> None:
         """Keep keys out of what the server serves as files, to whoever may read files; logs there are warned of."""
+        if self._server.default_services == BARE_SERVICES:
+            return  # it serves no files
         contents = self._server.contents_manager
         root, shows_hidden = Path(self._server.root_dir), bool(getattr(contents, "allow_hidden", False))
         if _is_served(Path(self.state_dir), root, shows_hidden=shows_hidden):
