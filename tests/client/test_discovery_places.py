@@ -46,7 +46,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(runtime: Path) -> Iterator[tuple[JupyterServer, JupyterServer]]:
     """Give two servers of one user, the older with a base URL of its own; a scan would find the newer one first."""
     env = {"JUPYTER_RUNTIME_DIR": str(runtime)}
-    with JupyterServer("llmkit", env=env) as older, JupyterServer("llmkit", env=env, base_url="/") as newer:
+    with JupyterServer("server", env=env) as older, JupyterServer("server", env=env, base_url="/") as newer:
         yield older, newer
 
 
@@ -61,7 +61,7 @@ def test_each_kernel_of_two_servers_finds_its_own(two: tuple[JupyterServer, Jupy
 
 def test_a_kernel_of_a_server_that_speaks_https_needs_its_certificate_named(certificate: Path) -> None:
     with (
-        JupyterServer("llmkit", base_url="/", certificate=certificate) as server,
+        JupyterServer("server", base_url="/", certificate=certificate) as server,
         ServerKernel(server.url, server.token, certificate=certificate) as kernel,
     ):
         assert server.url.startswith("https:")
