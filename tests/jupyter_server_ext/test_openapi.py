@@ -251,9 +251,3 @@ async def test_a_method_that_is_not_possible_is_a_405_that_says_which_are(call: 
         own = [name.upper() for name in METHODS if getattr(one, name) is not getattr(LLMHandler, name)]
         assert (answer.status, answer.json["error"]["code"]) == (405, "method_not_allowed")
         assert answer.headers["Allow"].split(", ") == own
-
-
-async def test_a_refusal_before_the_body_is_read_says_that_the_connection_closes(call: Any) -> None:
-    answer = await call("POST", "llm/load_model/%ff")
-    assert (answer.status, answer.headers["Connection"]) == (400, "close")
-    assert (await call("POST", "llm/load_model/x")).headers.get("Connection") != "close"
