@@ -157,6 +157,7 @@ def test_a_server_on_a_unix_socket_is_found(tmp_path: Path) -> None:
         **own_environment(),
         "JUPYTER_RUNTIME_DIR": str(runtime),
         "HOME": str(tmp_path),
+        "LLMKIT_STATE_DIR": str(tmp_path / ".state"),  # hidden: the folder around it is served
         "JUPYTER_TOKEN": "abc",
         "LLMKIT_STATE_DIR": os.environ["LLMKIT_STATE_DIR"],
         "LLMKIT_RUN_DIR": os.environ["LLMKIT_RUN_DIR"],

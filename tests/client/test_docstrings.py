@@ -131,11 +131,13 @@ def documented(upstream: MockUpstream) -> Iterator[JupyterServer]:
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
     options = Config({"HistoryManager": {"enabled": False}})
+    main = sys.modules["__main__"]
     made = InteractiveShell.instance(ipython_dir=str(tmp_path_factory.mktemp("ipython")), config=options)
     yield made
     made.atexit_operations()
     atexit.unregister(made.atexit_operations)
     InteractiveShell.clear_instance()
+    sys.modules["__main__"] = main  # the shell has put its own there
 
 
 @pytest.fixture

@@ -39,12 +39,12 @@ PROVEN_ELSEWHERE = {
         "tests/jupyter_server_ext/test_openai_api.py::test_headers_of_the_endpoint_pass_only_if_they_are_harmless",
     ],
     "ids follow one rule": [
-        "tests/jupyter_server_ext/test_bodies.py::test_ids_by_one_rule",
-        "tests/jupyter_server_ext/test_bodies.py::test_hostile_ids_never_reach_anything",
+        "tests/reliability/test_r04_ids.py::test_r04_the_validator_is_one_full_match",
+        "tests/reliability/test_r04_ids.py::test_r04_hostile_ids_reach_nothing_on_any_route",
     ],
     "no body is held before it is known who sends it": [
-        "tests/jupyter_server_ext/test_bodies.py::test_300_mb_without_credentials_fill_no_memory",
-        "tests/jupyter_server_ext/test_bodies.py::test_what_is_not_a_strict_json_object_is_a_400",
+        "tests/reliability/test_r05_bodies.py::test_r05_300_mb_without_credentials_fill_no_memory",
+        "tests/reliability/test_r05_bodies.py::test_r05_what_is_not_a_strict_json_object_is_a_400",
     ],
     "an API request makes no session": [
         "tests/jupyter_server_ext/test_openai_api.py::test_an_api_request_makes_no_login_cookie"
