@@ -159,7 +159,6 @@ def test_a_server_on_a_unix_socket_is_found(tmp_path: Path) -> None:
         "HOME": str(tmp_path),
         "LLMKIT_STATE_DIR": str(tmp_path / ".state"),  # hidden: the folder around it is served
         "JUPYTER_TOKEN": "abc",
-        "LLMKIT_STATE_DIR": os.environ["LLMKIT_STATE_DIR"],
         "LLMKIT_RUN_DIR": os.environ["LLMKIT_RUN_DIR"],
     }
     with (tmp_path / "log").open("wb") as log:
