@@ -128,8 +128,8 @@ def main() -> None:
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     reach("starting", options)
-    # Starts Python's resource tracker, too.
-    SharedMemory(f"fake-{os.environ.get('LLMKIT_ENGINE_ID', os.getpid())}", create=True, size=1 << 16)
+    # Starts Python's resource tracker, too. Held, so that every process of the engine has it mapped.
+    _held = SharedMemory(f"fake-{os.environ.get('LLMKIT_ENGINE_ID', os.getpid())}", create=True, size=1 << 16)
     core = start_core(options)
     if options.leak:
         leak()
