@@ -110,8 +110,17 @@ class FakeHub:
 
     def describe(self, name: str) -> dict[str, object]:
         files = sorted(path for path in self.models[name].iterdir() if path.is_file())
-        siblings = [{"rfilename": path.name, "size": path.stat().st_size, "blobId": "0"} for path in files]
+        siblings = [
+            {"rfilename": path.name, "size": path.stat().st_size, "blobId": "0", **self._large(path)} for path in files
+        ]
         return {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+    def _large(self, path: Path) -> dict[str, object]:
+        """Give what the hub says of weights, which it keeps by their SHA-256."""
+        if path.suffix != ".safetensors":
+            return {}
+        data = path.read_bytes()
+        return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
 
     def tree(self, name: str) -> list[dict[str, object]]:
         files = sorted(path for path in self.models[name].iterdir() if path.is_file())

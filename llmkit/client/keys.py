@@ -52,8 +52,8 @@ def key_of(model_kwargs: Mapping[str, Any]) -> Any:
     return next((place[KEY] for place in places if place.get(KEY) is not None), None)
 
 
-def with_key(model_kwargs: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Copy the arguments of a configuration with this key in them, where keys stand there.
+def with_key(model_kwargs: Mapping[str, Any], key: Any) -> dict[str, Any]:
+    """Copy the arguments of a configuration with this key, or its mark, in them, where keys stand there.
 
     Examples
     --------
