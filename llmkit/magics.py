@@ -38,6 +38,7 @@ from IPython.core.magic import no_var_expand
 from IPython.display import Markdown, display
 
 from llmkit.client import Answer, Client, ModelList, connect
+from llmkit.client.markdown import harmless
 from llmkit.client.stopping import Stopped
 from llmkit.errors import ConnectError, DoesNotFit, EngineGone, LLMKitError, NotAllowed, NotAuthenticated
 
@@ -373,7 +374,7 @@ class _Formatted(_Silent):
 
     def end(self, text: str) -> None:
         self._drawn = time.monotonic()
-        drawn = Markdown(text)  # type: ignore[no-untyped-call]
+        drawn = Markdown(harmless(text))  # type: ignore[no-untyped-call]
         if self._handle is None:
             self._handle = display(drawn, display_id=True)  # type: ignore[no-untyped-call]
         else:
