@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llmkit.client import connect
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt.encode()  # bytes that are no text are wrong usage, and `main` says so
     given = generation_of(arguments)
     with connect(arguments.url) as client:
         if arguments.no_stream:
