@@ -143,14 +143,7 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        with _proxies_read(server, httpx):
-            self._http = httpx.Client(
-                base_url=server.url,
-                headers={**server.headers, "Accept": "application/json"},
-                follow_redirects=False,
-                timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
-                **_reach(server, httpx),
-            )
+        self._http = _http(server)
 
     def close(self) -> None:
         """Close the connections."""
@@ -286,6 +279,17 @@ class Connection:
             return ConnectError(f"The proxy on the way to {url} refuses: {error}.", hint=_PROXY_HINT)
         return ServerNotFound(
             f"{url} does not answer.", hint="Is the Jupyter server running? `jupyter server list` shows those that are."
+        )
+
+
+def _http(server: Server) -> httpx.Client:
+    with _proxies_read(server, httpx):
+        return httpx.Client(
+            base_url=server.url,
+            headers={**server.headers, "Accept": "application/json"},
+            follow_redirects=False,
+            timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
+            **_reach(server, httpx),
         )
 
 
