@@ -20,7 +20,7 @@ import psutil
 from pydantic import ValidationError
 
 from llmkit.client.client import Client
-from llmkit.client.connection import Connection, Server, is_missing, parse_url
+from llmkit.client.connection import Connection, Server, clean_token, is_missing, parse_url
 from llmkit.client.installed import explain_missing
 from llmkit.errors import IncompatibleVersion, LLMKitError, NotAllowed, ServerNotFound
 from llmkit.schemas import API_VERSION, Health
@@ -98,7 +98,7 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
             tried.append(f"{candidate.source}: {candidate.reason}")
             continue
         try:
-            connection = Connection(replace(server, token=token or server.token, verify=trust))
+            connection = Connection(replace(server, token=clean_token(token or server.token), verify=trust))
             try:
                 probe(connection)
             except BaseException:

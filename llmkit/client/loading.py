@@ -35,9 +35,10 @@ def follow(client: Client, model_id: str, show: Callable[[Model], None]) -> Mode
     Raises
     ------
     LLMKitError
-        Why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
+        Why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile, or the server was started anew.
     """
     pause, silent_since = _FIRST_PAUSE, 0.0
+    epoch = _epoch(client)
     while True:
         try:
             model = client.model(model_id)
@@ -54,9 +55,22 @@ def follow(client: Client, model_id: str, show: Callable[[Model], None]) -> Mode
             if model.status == "failed":
                 raise load_error(model)
             if model.status == "unloaded":
+                if epoch is not None and epoch != _epoch(client):
+                    raise LoadCancelled(
+                        f"The load of `{model_id}` ended with the server, which was started anew.",
+                        hint="Load it again.",
+                    )
                 raise LoadCancelled(f"The load of `{model_id}` was cancelled.", hint="Somebody unloaded it.")
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def _epoch(client: Client) -> str | None:
+    """Give what changes when the server is started anew; None if it cannot be had now."""
+    try:
+        return client.health().epoch
+    except LLMKitError:
+        return None
 
 
 def load_error(model: schemas.Model) -> LLMKitError:

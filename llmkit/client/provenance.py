@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 
 from llmkit.client.connection import Connection, path_to
-from llmkit.client.results import Answer, Asked, Configuration, read_configuration
+from llmkit.client.results import KEY, Answer, Asked, Configuration, read_configuration
 from llmkit.client.stopping import Stopped
-from llmkit.errors import LLMKitError
+from llmkit.errors import LLMKitError, ParameterForbidden
 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""
@@ -54,9 +54,21 @@ class KnownConfigurations:
 
 
 class Prompt:
-    """One prompt, sent at once or as a stream."""
+    """One prompt, sent at once or as a stream.
+
+    Raises
+    ------
+    ParameterForbidden
+        If a key goes with it: it would be kept with the answer, and shown.
+    """
 
     def __init__(self, connection: Connection, known: KnownConfigurations, body: dict[str, Any]) -> None:
+        if KEY in body["inference_kwargs"]:
+            raise ParameterForbidden(
+                f"`{KEY}` is not allowed in a request.",
+                hint="The configuration has the key: client.set_key(model_id).",
+                param=KEY,
+            )
         self._connection = connection
         self._configurations = known
         self._body = body

@@ -15,6 +15,7 @@ from pydantic import PrivateAttr
 
 from llmkit import schemas
 from llmkit._version import __version__
+from llmkit.client.markdown import harmless
 from llmkit.schemas import Wire
 
 KEY = "api_key"
@@ -132,7 +133,7 @@ class Answer(schemas.InferenceAnswer):
 
     def _repr_markdown_(self) -> str:
         # The text alone: the same answer gives the same output, however often a notebook is run and compared.
-        return self.response
+        return harmless(self.response)
 
 
 class Configuration(schemas.Configuration):

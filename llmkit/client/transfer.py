@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from llmkit.client import keys
 from llmkit.errors import DoesNotFit, LLMKitError
 from llmkit.schemas import ModelConfigRequest, Strict
 
@@ -109,13 +110,12 @@ def _import(client: Client, request: ModelConfigRequest, *, replace: bool, witho
     stored = next((c.to_wire() for c in client.configurations() if c.model_id == model_id), None)
     note = ""
     if without_key:
-        key = _key_of(stored["model_kwargs"]) if stored is not None else None
-        if key is None:
+        key = keys.key_of(stored["model_kwargs"]) if stored is not None else None
+        if not isinstance(key, dict):  # none, or the name of a variable
             note = f"The file leaves its key out: client.update({model_id!r}, model_kwargs=...) gives it one."
         else:
-            kwargs = body["model_kwargs"]
-            place = kwargs["engine"] if isinstance(kwargs.get("engine"), dict) else kwargs
-            place[_KEY] = key  # the mark: the server keeps the key it has
+            # The mark: the server keeps the key it has.
+            body["model_kwargs"] = keys.with_key(body["model_kwargs"], key)
     try:
         if stored is None:
             client.configure(**body)
@@ -139,15 +139,6 @@ def _import(client: Client, request: ModelConfigRequest, *, replace: bool, witho
 def _same(body: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     ours = {name: value for name, value in stored.items() if name not in _SERVERS_OWN}
     return {"model_kwargs": {}, **body} == {"model_kwargs": {}, **ours}
-
-
-def _key_of(model_kwargs: Mapping[str, Any]) -> Any:
-    """Give the mark of a raw key, wherever it stands; None where there is no raw key."""
-    engine = model_kwargs.get("engine")
-    for place in (engine if isinstance(engine, dict) else {}, model_kwargs):
-        if isinstance(place.get(_KEY), dict):
-            return place[_KEY]
-    return None
 
 
 def _drop_key(model_kwargs: dict[str, Any]) -> bool:

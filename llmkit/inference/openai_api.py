@@ -24,6 +24,7 @@ PATHS: Final = {
 """What may be asked of an engine, and its path there, as `EngineHTTP.open` takes it."""
 
 FORBIDDEN: Final = {
+    "api_key": "The configuration has the key; one of the request would be sent on, and noted with its parameters.",
     "chat_template": "A template of the request is code that the engine would run.",
     "chat_template_kwargs": "The configuration decides how prompts are rendered: default_chat_template_kwargs.",
     "media_io_kwargs": "The configuration decides how media are read.",
