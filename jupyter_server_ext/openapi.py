@@ -33,6 +33,7 @@ EXAMPLES: Final = Path(__file__).with_name("openapi_examples.json")
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 _REF: Final = "#/components/schemas/{model}"
+_ENGINE_ERROR: Final = {"description": "The engine's own words.", "type": "object"}
 _GROUP: Final = re.compile(r"\(([^()]+)\)")
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 PATH_PARAMETERS: Final[dict[str, Any]] = {
@@ -252,8 +253,10 @@ def _responses(one: Described, types: dict[Any, Any], operations: list[Described
         told[str(int(status))] = {"description": f"{HTTPStatus(status).phrase}.", "content": content}
     refused = types[answers.ErrorAnswer, "serialization"]
     for error in errors_of(one):
+        is_passed_on = operation.engine_errors and error.status < HTTPStatus.INTERNAL_SERVER_ERROR
+        schema = {"anyOf": [refused, _ENGINE_ERROR]} if is_passed_on else refused
         entry = told.setdefault(
-            str(error.status), {"description": "", "content": {JSON: {"schema": refused, "examples": {}}}}
+            str(error.status), {"description": "", "content": {JSON: {"schema": schema, "examples": {}}}}
         )
         said = _lines(error)[0]
         entry["description"] += f"- `{error.code}`: {said}\n"
@@ -261,7 +264,7 @@ def _responses(one: Described, types: dict[Any, Any], operations: list[Described
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
             entry["headers"] = {"Retry-After": _header("Seconds to wait.", {"type": "integer"})}
     if operation.engine_errors:
-        told["4XX"] = {"description": "The engine's own words.", "content": {JSON: {"schema": {}}}}
+        told["4XX"] = {"description": _ENGINE_ERROR["description"], "content": {JSON: {"schema": _ENGINE_ERROR}}}
     return told
 
 

@@ -109,7 +109,7 @@ def test_a_kernel_of_another_environment_finds_the_server(tmp_path: Path) -> Non
         "\nimport sys, importlib.util\nprint(sys.prefix, importlib.util.find_spec('jupyter_server'), llmkit.__file__)"
     )
     with (
-        JupyterServer("llmkit", env={"JUPYTER_PATH": str(tmp_path)}) as server,
+        JupyterServer("server", env={"JUPYTER_PATH": str(tmp_path)}) as server,
         ServerKernel(server.url, server.token, name="other") as kernel,
     ):
         found, place = kernel.run(CONNECT + look).splitlines()

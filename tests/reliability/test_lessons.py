@@ -31,6 +31,7 @@ READ_WORDS_OF_OTHERS = {
     "jupyter_server_ext/handlers/base.py",  # finds a number that could overflow, anywhere in a body
     "jupyter_server_ext/openapi.py",  # reads our own routes
     "llmkit/cli/system.py",
+    "llmkit/client/markdown.py",  # asks whether an answer could load anything, to leave most as they are
     "llmkit/engines/refusals.py",
     "llmkit/engines/vllm/failures.py",
     "llmkit/engines/vllm/progress.py",

@@ -103,10 +103,10 @@ def test_r04_hostile_ids_reach_nothing_on_any_route() -> None:
 
 
 def files(server: JupyterServer) -> set[str]:
-    """Give the files of a server's folders, without those that SQLite makes of itself."""
+    """Give the files of a server's folders, without those of databases that are opened when they are needed."""
     folders = (server.state_dir, server.run_dir, server.root_dir)
     found = {str(path) for folder in folders for path in folder.rglob("*")}
-    return {path for path in found if not path.endswith(("-wal", "-shm", "conversations.sqlite", "requests.sqlite"))}
+    return {path for path in found if not re.search(r"/(conversations|requests)\.sqlite(-wal|-shm|\.lock)?$", path)}
 
 
 async def try_everywhere(server: JupyterServer) -> Counter[tuple[str, int]]:
