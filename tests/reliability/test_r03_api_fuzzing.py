@@ -6,12 +6,16 @@ along the links, and sees that each answer has a documented status, content type
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import schemathesis
 from openapi_story import story_server
 from schemathesis import engine
@@ -88,6 +92,15 @@ def api_of(server: JupyterServer, document: dict[str, Any]) -> Any:
         return query
 
     return api
+
+
+@pytest.fixture(autouse=True)
+def connections_are_closed() -> Iterator[None]:
+    """Close here what schemathesis leaves open, so that no other test is blamed for it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def test_r03_every_answer_is_one_that_the_document_promises() -> None:

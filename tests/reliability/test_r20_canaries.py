@@ -372,10 +372,12 @@ def look_at_notebook(search: Search, server: JupyterServer, monkeypatch: pytest.
             search.look(f"repr of {type(one).__name__}", repr(one) + str(one))
             as_html = getattr(one, "_repr_html_", None)
             search.look(f"HTML of {type(one).__name__}", str(as_html()) if as_html else "")
+        others = set(_instances)  # of other tests' panels, whose children may be closed already
         panel = Panel(client)
         try:
             wait_until(lambda: panel.prompt is not None, "the panel's tabs", 30)
-            state = {key: repr(widget.get_state()) for key, widget in list(_instances.items())}
+            ours = {key: widget for key, widget in list(_instances.items()) if key not in others}
+            state = {key: repr(widget.get_state()) for key, widget in ours.items()}
         finally:
             panel.close()
     assert len(state) > 50
