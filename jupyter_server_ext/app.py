@@ -19,7 +19,7 @@ from jupyter_core.paths import is_hidden, jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
-from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, Unicode, default
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, TraitError, Unicode, default
 
 from jupyter_server_ext import openapi
 from jupyter_server_ext.handlers import ROUTES
@@ -183,6 +183,16 @@ class LLMKitApp(ExtensionApp):
     def _server(self) -> Any:
         return self.serverapp  # linked before anything of ours runs
 
+    def _link_jupyter_server_extension(self, serverapp: Any) -> None:
+        """Take the configuration over from the server."""
+        self._wrong_setting: str | None = None
+        try:
+            super()._link_jupyter_server_extension(serverapp)
+        except TraitError as error:
+            # Jupyter goes on with the defaults of what was not read, which may allow what the operator forbade.
+            self._wrong_setting = str(error).partition(", not ")[0]  # the value may be a key
+            raise
+
     def initialize_settings(self) -> None:
         """Register the events; the registry starts with the event loop."""
         self._starting: asyncio.Task[ModelRegistry] | None = None
@@ -234,6 +244,12 @@ class LLMKitApp(ExtensionApp):
     async def _start_registry(self) -> ModelRegistry:
         folder: ServerFolder | None = None
         registry: ModelRegistry | None = None
+        if self._wrong_setting is not None:
+            raise NotReady(
+                f"A setting of the server has a wrong value, so llmkit does not start: {self._wrong_setting}.",
+                hint="The operator mends it where it is set (Jupyter's configuration or command line) and starts the "
+                "server again. jupyter server --show-config shows what is set.",
+            )
         for pattern in self.allowed_base_urls:
             try:
                 check_pattern(pattern)

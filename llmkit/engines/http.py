@@ -23,12 +23,14 @@ from pydantic_core import to_json
 from yarl import URL
 
 from llmkit.engines.addresses import GuardedResolver, NotCalled, origin_of, why_not_called
+from llmkit.engines.answer_memory import whole_answer
 from llmkit.engines.base import Endpoint
 from llmkit.engines.refusals import MAX_ERROR_BYTES, refusal, retry_after
 from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
 from llmkit.errors import EngineGone, LLMKitError, TimedOut, UpstreamFailed, UpstreamUnreachable
 
-MAX_ANSWER_BYTES: Final = 64 << 20
+MAX_ANSWER_BYTES: Final = 48 << 20
+"""Of one that is only passed on; OpenAI's largest answer, 2,048 long embeddings in base64, has 34 MiB."""
 MAX_PARSED_BYTES: Final = 8 << 20
 """Of an answer that is not only passed on."""
 MAX_CONTAINERS: Final = 200_000
@@ -219,21 +221,21 @@ class EngineHTTP:
             return await self._read_object(response)
 
     async def _read_object(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
-        data = await _read(response, MAX_PARSED_BYTES, cut=False)
-        if len(data) <= IN_THREAD_BYTES:
-            answer = _object(data)
-        else:
-            async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
-                answer = await asyncio.to_thread(_object, data)
-        self._raise_error_in(answer, data)
+        async with whole_answer(response, MAX_PARSED_BYTES) as data:
+            if len(data) <= IN_THREAD_BYTES:
+                answer = _object(data)
+            else:
+                async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
+                    answer = await asyncio.to_thread(_object, data)
+            self._raise_error_in(answer, data)
         return answer
 
     async def status(self, path: str) -> tuple[int, Any]:
         """Send a GET and give its status with its JSON, or None where that is not JSON."""
         async with self.open(path, method="GET") as response:
             try:
-                data = await _read(response, MAX_PARSED_BYTES, cut=False)
-                return response.status, await asyncio.to_thread(_parse, data)
+                async with whole_answer(response, MAX_PARSED_BYTES) as data:
+                    return response.status, await asyncio.to_thread(_parse, data)
             except (ValueError, RecursionError):
                 return response.status, None
 
@@ -295,11 +297,11 @@ class EngineHTTP:
         """Raise the error that an answer of JSON with status 200 tells, if it does."""
         self._raise_error_in(_object(data), data)
 
-    def _raise_error_in(self, answer: dict[str, Any], data: bytes) -> None:
+    def _raise_error_in(self, answer: dict[str, Any], data: bytes | bytearray) -> None:
         """Raise the error that some endpoints send with status 200."""
         error = answer.get("error")
         if error:
-            raise self.error_of(error, data)
+            raise self.error_of(error, bytes(data))
 
     def error_of(self, error: Any, data: bytes) -> LLMKitError:
         """Give the error that an answer tells within itself: its own status counts, if it is one of an error."""
@@ -419,12 +421,18 @@ def _was_not_sent(error: Exception) -> bool:
 
 async def read_whole(response: aiohttp.ClientResponse) -> bytes:
     """Read an answer, or raise `UpstreamFailed` if it is too large."""
-    return await _read(response, MAX_ANSWER_BYTES, cut=False)
+    async with whole_answer(response, MAX_ANSWER_BYTES) as data:
+        return bytes(data)
 
 
 async def read_start(response: aiohttp.ClientResponse) -> bytes:
     """Read so much of an answer as is needed to say what it means."""
-    return await _read(response, MAX_ERROR_BYTES, cut=True)
+    data = bytearray()
+    async for part in response.content.iter_any():
+        data += part
+        if len(data) >= MAX_ERROR_BYTES:
+            break
+    return bytes(data[:MAX_ERROR_BYTES])
 
 
 async def finish_reading(response: aiohttp.ClientResponse) -> None:
@@ -445,25 +453,14 @@ async def finish_reading(response: aiohttp.ClientResponse) -> None:
             task.uncancel()
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
-    data = bytearray()  # in one piece: very many small ones would stay in the allocator
-    async for part in response.content.iter_any():
-        data += part
-        if len(data) > limit:
-            if cut:
-                break
-            raise UpstreamFailed(f"The answer is larger than {limit >> 20} MiB.")
-    return bytes(data[:limit])
-
-
-def _parse(data: bytes) -> Any:
+def _parse(data: bytes | bytearray) -> Any:
     """Parse JSON; a few bytes of it can take a hundred times as many of memory."""
     if len(data) > IN_THREAD_BYTES and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise UpstreamFailed("The endpoint's answer has too many parts.", hint="Check base_url and api.")
     return json.loads(data)
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def _object(data: bytes | bytearray) -> dict[str, Any]:
     try:
         value = _parse(data)
     except (ValueError, RecursionError) as error:

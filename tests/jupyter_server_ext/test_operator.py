@@ -290,3 +290,26 @@ def test_operators_are_named_or_of_a_group_and_keys_are_none() -> None:
     assert not may(SimpleNamespace(username="bo", groups="staff"))
     assert not may(SimpleNamespace(username="bo", hub_user={"name": "bo", "groups": ["guests"]}))
     assert not role.is_authorized(None, User("bo"), "fly", "llm")
+
+
+@pytest.mark.parametrize(
+    ("service", "how"), [("llmkit", "command line"), ("server", "command line"), ("server", "the server's file")]
+)
+def test_a_setting_that_cannot_be_read_allows_nothing(service: str, how: str) -> None:
+    """Jupyter would go on with the defaults of all that stands after it; in llmkit's own file it ends at once."""
+    canary = "Zq9canary7Xw"
+    traits = {"configurations": f"key {canary}", "allowed_model_names": ["gpt-*"]}
+    arguments = [f"--LLMKitApp.{name}={value}" for name, value in traits.items()] if how == "command line" else []
+    server = JupyterServer(service, args=arguments)
+    if how == "the server's file":
+        lines = [f"c.LLMKitApp.{name} = {value!r}" for name, value in traits.items()]
+        (server.folder / "config" / "jupyter_server_config.py").write_text("\n".join(lines))
+    with server:
+        for path in ("models/", "health", "v1/models"):
+            answer = server.request("GET", f"llm/{path}")
+            assert answer.status_code == 503
+            assert "A setting of the server has a wrong value" in answer.json()["message"]
+            assert "'configurations' trait" in answer.json()["message"]
+            assert "--show-config" in answer.json()["error"]["hint"]
+            assert canary not in answer.text
+        assert "llmkit cannot start: A setting of the server" in server.log
