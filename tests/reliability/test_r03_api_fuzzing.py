@@ -25,7 +25,7 @@ from support import JupyterServer, scaled
 
 CASES = scaled(200)
 SCENARIOS = scaled(50)
-P99_MS = 10.0
+P99_MS, LONGEST_MS = 10.0, 250.0
 """As R16 wants it while this runs."""
 FOLLOWING = "GET /llm/models/{model_id}/logs"
 MOST_FOLLOWED = 5
@@ -128,7 +128,8 @@ def test_r03_every_answer_is_one_that_the_document_promises() -> None:
         unexpected = [line for line in server.log.splitlines() if " failed: " in line or "Traceback" in line]
     print(
         f"\nR3: {sum(cases.values())} cases of {len(cases)} operations (up to {max(cases.values())} of one, set for "
-        f"{CASES}) in {time.monotonic() - began:.0f} s: {len(failures)} failures; "
+        f"{CASES}; {sum(count < CASES for count in cases.values())} have fewer that differ) in "
+        f"{time.monotonic() - began:.0f} s: {len(failures)} failures; "
         f"{', '.join(f'{count} x {status}' for status, count in sorted(statuses.items()))}"
     )
     late = ", ".join(f"{name} p99 {p99:.1f} ms and at most {most:.0f} ms" for name, (p99, most) in lateness.items())
@@ -139,7 +140,7 @@ def test_r03_every_answer_is_one_that_the_document_promises() -> None:
     for name, seen in answered.items():
         assert 200 in seen, f"{name} was never used as it should be: {seen}"
     # Other programs of the machine can be in the way; the better of the two long phases counts.
-    assert min(lateness["coverage"][0], lateness["fuzzing"][0]) <= P99_MS, late
+    assert any(p99 <= P99_MS and most <= LONGEST_MS for p99, most in (lateness["coverage"], lateness["fuzzing"])), late
 
 
 def _note(
