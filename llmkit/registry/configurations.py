@@ -23,6 +23,7 @@ from llmkit.errors import (
     LLMKitError,
     ModelLiveElsewhere,
 )
+from llmkit.inference.bounds import check_schemas
 from llmkit.registry.database import explain
 from llmkit.registry.presence import Presence
 from llmkit.registry.rules import Rules
@@ -196,7 +197,10 @@ class Configurations:
         if engine_type is None:
             known = ", ".join(f"`{name}`" for name in self._engine_types)
             raise does_not_fit([{"path": "model_type", "message": f"must be one of {known}"}])
-        return engine_type, sort_kwargs(engine_type, request.model_kwargs)
+        kwargs = sort_kwargs(engine_type, request.model_kwargs)
+        is_nested = not kwargs.generation.keys() <= request.model_kwargs.keys()
+        check_schemas(kwargs.generation, "model_kwargs.generation" if is_nested else "model_kwargs")
+        return engine_type, kwargs
 
     def engine_type(self, configuration: Configuration) -> EngineType:
         """Give the type of a stored configuration, or raise `EngineNotInstalled`."""

@@ -143,6 +143,16 @@ def test_no_schema_or_pattern_keeps_the_engine_busy(
     assert ask(running, api, "ours", response_format={"type": "json_object"}).status_code == 200
 
 
+@pytest.mark.parametrize("place", ["", "generation."])
+def test_no_schema_of_a_configuration_keeps_the_engine_busy(running: Relayed, place: str) -> None:
+    told = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "(a+)+$"}}}}
+    body = {"model_id": "tangled", "model_name": "gpt-3", "model_type": "openai"}
+    kwargs = {"base_url": running.upstream.base_url, **({"generation": told} if place else told)}
+    answer = running.server.request("POST", "llm/configure_model/", json={**body, "model_kwargs": kwargs})
+    path = f"model_kwargs.{place}response_format.json_schema.schema.pattern"
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, path)
+
+
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("kind", ["image_url", "audio_url", "video_url"])
 def test_the_engine_fetches_nothing_that_a_request_names(running: Relayed, api: str, kind: str) -> None:
