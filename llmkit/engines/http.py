@@ -29,8 +29,8 @@ from llmkit.engines.refusals import MAX_ERROR_BYTES, refusal, retry_after
 from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
 from llmkit.errors import EngineGone, LLMKitError, TimedOut, UpstreamFailed, UpstreamUnreachable
 
-MAX_ANSWER_BYTES: Final = 48 << 20
-"""Of one that is only passed on; OpenAI's largest answer, 2,048 long embeddings in base64, has 34 MiB."""
+MAX_ANSWER_BYTES: Final = 36 << 20
+"""Of one that is only passed on; OpenAI's largest, 2,048 embeddings of 3,072 numbers in base64, has 33 MiB."""
 MAX_PARSED_BYTES: Final = 8 << 20
 """Of an answer that is not only passed on."""
 MAX_CONTAINERS: Final = 200_000
@@ -461,12 +461,13 @@ def _parse(data: bytes | bytearray) -> Any:
 
 
 def _object(data: bytes | bytearray) -> dict[str, Any]:
+    is_json = True
     try:
         value = _parse(data)
-    except (ValueError, RecursionError) as error:
-        raise UpstreamFailed(
-            "The endpoint's answer is not JSON.", hint="Check base_url; it usually ends in /v1."
-        ) from error
+    except (ValueError, RecursionError):
+        is_json = False
+    if not is_json:  # raised here, since the decoder's error holds all that it was to decode
+        raise UpstreamFailed("The endpoint's answer is not JSON.", hint="Check base_url; it usually ends in /v1.")
     if not isinstance(value, dict):
         raise UpstreamFailed("The endpoint's answer is not a JSON object.", hint="Check base_url.")
     return value

@@ -256,6 +256,7 @@ class Requests:
             return answer
         except LLMKitError as raised:
             outcome, status, code = _outcome_of(raised), raised.status, raised.code
+            _forget_frames(raised)
             raise
         except asyncio.CancelledError:
             outcome, status = "cancelled", CLIENT_CLOSED_REQUEST
@@ -390,6 +391,17 @@ async def _collect(http: EngineHTTP, path: str, body: dict[str, Any], running: R
             if failure is not None:
                 raise failure
     return collector
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Part an error from where it was raised.
+
+    Those frames hold what the engine sent, which can be megabytes, and the error within them; together they would stay
+    until Python collects garbage, which in a server of few objects is seldom.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:
