@@ -265,6 +265,33 @@ async def test_shared_memory_that_only_its_processes_know_of_is_removed_unless_a
         common.unlink(missing_ok=True)
 
 
+async def test_shared_memory_of_one_process_that_was_killed_alone_is_removed(keep: Keep, run_root: Path) -> None:
+    """When the rest of the engine is ended, nobody has it mapped any more."""
+    program = (
+        "import mmap, os, sys, time\n"
+        "if os.fork():\n"
+        "    time.sleep(60)\n"
+        "file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "os.ftruncate(file, 4096)\n"
+        "mapped = mmap.mmap(file, 4096)\n"
+        "print('made', os.getpid(), flush=True)\n"
+        "time.sleep(60)"
+    )
+    segment = Path("/dev/shm", f"llmkit-test-{os.getpid()}-alone")
+    try:
+        kept = keep(sys.executable, "-c", program, str(segment))
+        await kept.start()
+        log = run_root / "e0.log"
+        await until(lambda: log.read_text().startswith("made ") and log.read_text().endswith("\n"))
+        await asyncio.sleep(2.5)  # the guardian looks every second
+        os.kill(int(log.read_text().split()[1]), signal.SIGKILL)
+        assert segment.exists()
+        assert await kept.stop()
+        assert not segment.exists()
+    finally:
+        segment.unlink(missing_ok=True)
+
+
 async def test_the_whole_tree_is_measured(keep: Keep) -> None:
     kept = keep(*TREE, "3")
     assert await kept.pss_bytes() is None
