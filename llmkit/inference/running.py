@@ -152,6 +152,7 @@ class Running:
             self.api,
             self.priority,
             self.stream,
+            self.key,
             self.started_at,
             outcome,
             status,
@@ -171,6 +172,7 @@ class Running:
             api=self.api,
             priority=self.priority,
             stream=self.stream,
+            tool_key=self.key,
             started_at=datetime.fromtimestamp(self.started_at, UTC),
             status=self.status,
             position=position,
@@ -183,8 +185,8 @@ def read_record(recorded: Recorded) -> dict[str, Any]:
     (*head, queue, load, first_token, total, rate, prompt, completion, tokens, amount, currency, request, response) = (
         recorded
     )
-    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "started_at", "outcome", "status")
-    fields = dict(zip((*names, "error"), head, strict=True))
+    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "tool_key", "started_at")
+    fields = dict(zip((*names, "outcome", "status", "error"), head, strict=True))
     return {
         **fields,
         "started_at": datetime.fromtimestamp(fields["started_at"], UTC),
