@@ -225,11 +225,12 @@ def end_all(
     pause = 0.002
     asked: set[Process] = set()
     mapped = set(shared)
-    is_looked_at = False
-    while left := find():
-        if not is_looked_at:
+    seen: set[Process] = set()
+    # A look misses a process whose parent ends just then, and which has another one when the look comes to it.
+    while left := find() or [process for process in seen if is_alive(process)]:
+        if not seen:
             mapped |= shared_memory(left)
-            is_looked_at = True
+        seen.update(left)
         waited = time.monotonic() - began
         if bound is not None and waited > bound:
             return False

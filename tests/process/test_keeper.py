@@ -18,7 +18,7 @@ import psutil
 import pytest
 from support import wait_until
 
-from llmkit.process.guardian import RECORD, Process, is_alive, marked, send
+from llmkit.process.guardian import RECORD, Process, end_all, is_alive, marked, send
 from llmkit.process.guardian import stat as process_stat
 from llmkit.process.keeper import Ended, KeptProcess
 
@@ -263,6 +263,15 @@ async def test_shared_memory_that_only_its_processes_know_of_is_removed_unless_a
     finally:
         own.unlink(missing_ok=True)
         common.unlink(missing_ok=True)
+
+
+def test_what_was_seen_once_is_ended_though_a_later_look_misses_it() -> None:
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]) as child:
+        found = process_stat(child.pid)
+        assert found is not None
+        looks = iter([[found.process]])
+        assert end_all(lambda: next(looks, []), 0.0)
+        assert not is_alive(found.process)
 
 
 async def test_shared_memory_of_one_process_that_was_killed_alone_is_removed(keep: Keep, run_root: Path) -> None:
