@@ -461,13 +461,12 @@ def _parse(data: bytes | bytearray) -> Any:
 
 
 def _object(data: bytes | bytearray) -> dict[str, Any]:
-    is_json = True
     try:
         value = _parse(data)
-    except (ValueError, RecursionError):
-        is_json = False
-    if not is_json:  # raised here, since the decoder's error holds all that it was to decode
-        raise UpstreamFailed("The endpoint's answer is not JSON.", hint="Check base_url; it usually ends in /v1.")
+    except (ValueError, RecursionError) as error:
+        raise UpstreamFailed(
+            "The endpoint's answer is not JSON.", hint="Check base_url; it usually ends in /v1."
+        ) from error
     if not isinstance(value, dict):
         raise UpstreamFailed("The endpoint's answer is not a JSON object.", hint="Check base_url.")
     return value

@@ -256,7 +256,7 @@ class Requests:
             return answer
         except LLMKitError as raised:
             outcome, status, code = _outcome_of(raised), raised.status, raised.code
-            _forget_frames(raised)
+            _part_from_its_origin(raised)
             raise
         except asyncio.CancelledError:
             outcome, status = "cancelled", CLIENT_CLOSED_REQUEST
@@ -393,15 +393,13 @@ async def _collect(http: EngineHTTP, path: str, body: dict[str, Any], running: R
     return collector
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Part an error from where it was raised.
+def _part_from_its_origin(error: LLMKitError) -> None:
+    """Let go of where an error was raised, and of the errors that it was made of.
 
-    Those frames hold what the engine sent, which can be megabytes, and the error within them; together they would stay
-    until Python collects garbage, which in a server of few objects is seldom.
+    They hold what the engine sent, which can be megabytes, and each other; together they would stay until Python
+    collects garbage, which in a server of few objects is seldom.
     """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+    error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:
