@@ -28,6 +28,8 @@ from llmkit import __version__
 from llmkit.client import Client, connect
 from llmkit.errors import DoesNotFit, EngineNotInstalled
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")
+
 EXAMPLE_ENGINE = REPOSITORY / "tests" / "example_engine"
 SECONDS = 180
 NOT_IMPORTED = r"__main__|vllm\.(launch|hub|standby|warm)"
