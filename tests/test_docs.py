@@ -40,9 +40,16 @@ def _files(root: Path, pattern: str) -> Iterator[Path]:
         yield from (path for path in sorted((root / room).rglob(pattern)) if ".ipynb_checkpoints" not in path.parts)
 
 
+def parse(text: str) -> list[Token]:
+    """Parse a Markdown text."""
+    parser = MarkdownIt("commonmark").enable("table")
+    parser.validateLink = lambda url: True  # it would take a `file:` for plain text
+    return parser.parse(text)
+
+
 def tokens(text: str) -> Iterator[Token]:
     """Give every token of a Markdown text, those within a line too."""
-    for token in MarkdownIt("commonmark").enable("table").parse(text):
+    for token in parse(text):
         yield token
         yield from token.children or ()
 
@@ -58,8 +65,7 @@ def links(text: str) -> Iterator[str]:
 
 def anchors(text: str) -> set[str]:
     """Give the names of a text's headings, as GitHub and JupyterLab make them."""
-    parsed = MarkdownIt("commonmark").parse(text)
-    titles = [after.content for token, after in pairwise(parsed) if token.type == "heading_open"]
+    titles = [after.content for token, after in pairwise(parse(text)) if token.type == "heading_open"]
     return {name for title in titles for name in (_github(title), title.replace(" ", "-"))}
 
 

@@ -37,11 +37,11 @@ NOT_IMPORTED = r"__main__|vllm\.(launch|hub|standby|warm)"
 
 
 def run(*command: str | Path) -> str:
-    """Run a program away from the repository, and give what it printed."""
+    """Run a program away from the repository and its modules, and give what it printed."""
     done = subprocess.run(
         list(map(str, command)),
         cwd="/",
-        env=own_environment(),
+        env={name: value for name, value in own_environment().items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -71,8 +71,7 @@ class Environment:
         return Path(sysconfig.get_path("purelib", "venv", {"base": str(self.folder), "platbase": str(self.folder)}))
 
     def run(self, *arguments: str) -> str:
-        """Run its Python without what the environment of the tests adds to it."""
-        return run("/usr/bin/env", "-u", "PYTHONPATH", self.python, *arguments)
+        return run(self.python, *arguments)
 
     def pip(self, *arguments: str | Path) -> str:
         return run(sys.executable, "-m", "pip", f"--python={self.python}", *arguments)
@@ -173,23 +172,19 @@ print(sys.modules["llmkit"].__file__)
     assert Path(file).is_relative_to(clean.folder)
 
 
-def test_both_commands_are_there_and_the_extension_is_enabled(clean: Environment) -> None:
+def test_the_command_is_there_and_the_extension_enabled(clean: Environment) -> None:
     assert run(clean.python.parent / "llmkit", "--version") == f"llmkit {__version__}\n"
-    assert clean.run("-m", "llmkit", "--version") == f"llmkit {__version__}\n"
-    assert "--LLMKitApp" in run(clean.python.parent / "jupyter-llmkit", "--help-all")
-    listed = clean.run("-m", "jupyter_server.extension.serverextension", "list", "--no-color")
-    assert re.search(r"jupyter_server_ext enabled", re.sub(r"\x1b\[\d*m", "", listed))
+    listed = clean.run("-m", "jupyter_server.extension.serverextension", "list", "--sys-prefix")
+    assert "jupyter_server_ext enabled" in re.sub(r"\x1b\[\d*m", "", listed)
 
 
-def test_a_type_checker_knows_what_is_installed(clean: Environment, tmp_path: Path) -> None:
-    # Without py.typed it would say so; and it finds a mistake.
-    wrong = tmp_path / "wrong.py"
-    wrong.write_text("import llmkit\n\nanswer: int = llmkit.connect().prompt('demo', 'Hello')\n")
+def test_a_type_checker_takes_the_types_of_what_is_installed(clean: Environment, tmp_path: Path) -> None:
+    # Modules are looked for and not read, which is quick; of one without py.typed the checker complains.
     checker = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--python-executable={clean.python}"]
-    checker += ["--follow-imports=silent", f"--cache-dir={tmp_path}"]
-    run(*checker, EXAMPLE_ENGINE / "llmkit_parrot" / "__init__.py", EXAMPLE_ENGINE / "llmkit_parrot" / "program.py")
-    with pytest.raises(AssertionError, match=r"wrong\.py:3: error: Incompatible types in assignment"):
-        run(*checker, wrong)
+    checker += ["--follow-imports=skip", f"--cache-dir={tmp_path}", "-c"]
+    run(*checker, "import llmkit.client, llmkit.engines.base")
+    with pytest.raises(AssertionError, match=r"ipywidgets.*py\.typed"):
+        run(*checker, "import ipywidgets")
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +230,8 @@ def test_a_model_type_of_a_third_party_lives_like_any_other(client: Client) -> N
     pieces = list(client.stream("polly", "hello there"))
     assert ("".join(pieces), len(pieces) > 1) == ("HELLO THERE HELLO THERE", True)
     messages = [{"role": "user", "content": "hello"}]
-    reply = client.openai().chat.completions.create(model="polly", messages=messages)
+    with client.openai() as openai:
+        reply = openai.chat.completions.create(model="polly", messages=messages)
     assert reply.choices[0].message.content == "HELLO HELLO"
 
     freed = client.unload("polly")
