@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.llmkit-ready
 ARGS   ?=
 N      ?= 10
+MINUTES ?= 20
+ENGINE ?= fake
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
@@ -13,7 +15,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # Jupyter refuses to run as root unless it is told that this is meant.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab demo test test-fast bench soak lint clean
+.PHONY: help setup lab demo test test-fast bench soak long-run lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +28,7 @@ lab: $(READY)  ## JupyterLab on port 8105 with the quickstart notebook
 demo: $(READY)  ## the quickstart's work without a browser: question, answer, seconds of each step
 	@$(BIN)/python -m llmkit.demo $(ARGS)
 
-test: $(READY)  ## every test, in tiers; installs Debian's Chromium where it is allowed
+test: $(READY)  ## every test, in tiers; installs Chromium and JupyterHub's proxy where that is allowed
 	@$(BIN)/python tests/tiers.py $(ARGS)
 
 test-fast: $(READY)  ## the tests that need neither vLLM nor Ray nor a browser
@@ -37,6 +39,9 @@ bench: $(READY)  ## the benchmarks, in about 20 minutes: table and plot in tests
 
 soak: $(READY)  ## the tests of reliability, N times as long (10 if not said), with their figures
 	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability tests/engines/vllm/test_standby.py $(ARGS)
+
+long-run: $(READY)  ## mixed work for MINUTES (20) on ENGINE (fake or vllm); figures and plot in tests/reliability/results
+	$(BIN)/python tests/reliability/long_run.py --minutes=$(MINUTES) --engine=$(ENGINE) $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

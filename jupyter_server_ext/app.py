@@ -14,24 +14,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jupyter_core.paths import jupyter_data_dir
+import psutil
+from jupyter_core.paths import is_hidden, jupyter_data_dir
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
-from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, Unicode, default
+from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, TraitError, Unicode, default
 
+from jupyter_server_ext import openapi
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
 from llmkit.registry.changes import Event
 from llmkit.registry.registry import ModelRegistry, Settings
-from llmkit.schemas import MAX_CONVERSATION_BYTES
+from llmkit.registry.rules import Rules, check_pattern
+from llmkit.schemas import MAX_CONFIGURATION_BYTES, MAX_CONVERSATION_BYTES, MAX_PROMPT_BYTES
 
 EVENT_SCHEMAS = Path(__file__).parent / "event_schemas"
 MODEL_EVENT = "https://llmkit.org/events/model/v1"
 DEFAULT_PORT = 8105
+BARE_SERVICES = ("api", "auth", "security", "shutdown", "events")
+"""What ``jupyter llmkit`` has of Jupyter's own services: none that runs code or shows files."""
 RETRY_SECONDS = 2.0
 STOP_SECONDS = 14.0
+OWNER_CHECK_SECONDS = 0.5
 M_MMAP_THRESHOLD = -3
 """Of ``malloc.h``."""
 
@@ -61,6 +67,29 @@ class LLMKitApp(ExtensionApp):
         help="Which environment variables may be sent to which endpoint, for example "
         "{'OPENAI_API_KEY': ['https://api.openai.com:443']}. If it is set, nothing else may be named; "
         "if not, any variable that ends in _API_KEY or _TOKEN.",
+    ).tag(config=True)
+    allow_trust_remote_code = Bool(
+        default_value=False,
+        help="Let configurations of vLLM ask for trust_remote_code: Python code that comes with a model then runs as "
+        "the account of this server, whoever wrote it.",
+    ).tag(config=True)
+    allowed_model_names = List(
+        Unicode(),
+        help="Patterns of the model_name that may be configured and loaded, for example ['Qwen/*', 'gpt-4o*']; of "
+        "another tokenizer's name, too. Empty allows every name. What `configurations` declares is not bound by this.",
+    ).tag(config=True)
+    allowed_base_urls = List(
+        Unicode(),
+        help="Where models of the type openai may be, for example ['https://api.openai.com', "
+        "'https://*.example.com/v1']: an address, or the beginning of one; *. before the host allows all of a domain. "
+        "Asked when a model is configured and when it is loaded. Empty allows every address. What `configurations` "
+        "declares is not bound by this.",
+    ).tag(config=True)
+    max_body_size = Int(
+        MAX_PROMPT_BYTES,
+        min=MAX_CONFIGURATION_BYTES,
+        max=512 << 20,
+        help="Bytes of a prompt with all that comes with it, such as images. Configurations have 1 MiB at most.",
     ).tag(config=True)
     max_in_flight = Int(
         64, min=1, help="Requests of one model that run at once, where its configuration does not say."
@@ -132,6 +161,12 @@ class LLMKitApp(ExtensionApp):
         min=MAX_CONVERSATION_BYTES,
         help="Bytes of all conversations that are kept, together; the oldest go first.",
     ).tag(config=True)
+    owner_pid = Int(
+        0,
+        min=0,
+        help="Number of a process with which this server ends, however that one ends; 0 is none. llmkit.start() sets "
+        "it.",
+    ).tag(config=True)
     configurations = List(
         Dict(),
         help="Configurations that this server always has, as bodies of POST /llm/configure_model/. "
@@ -155,13 +190,25 @@ class LLMKitApp(ExtensionApp):
     def _server(self) -> Any:
         return self.serverapp  # linked before anything of ours runs
 
+    def _link_jupyter_server_extension(self, serverapp: Any) -> None:
+        """Take the configuration over from the server."""
+        self._wrong_setting: str | None = None
+        try:
+            super()._link_jupyter_server_extension(serverapp)
+        except TraitError as error:
+            # Jupyter goes on with the defaults of what was not read, which may allow what the operator forbade.
+            self._wrong_setting = str(error).partition(", not ")[0]  # the value may be a key
+            raise
+
     def initialize_settings(self) -> None:
         """Register the events; the registry starts with the event loop."""
         self._starting: asyncio.Task[ModelRegistry] | None = None
         self._registry: ModelRegistry | None = None
         self._folder: ServerFolder | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._owner_watch: asyncio.Task[None] | None = None
         self._retry_at = 0.0
+        self._openapi: dict[str, Any] | None = None
         for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
             self._server.event_logger.register_event_schema(schema)
 
@@ -172,6 +219,8 @@ class LLMKitApp(ExtensionApp):
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         if serverapp.starter_app is self:
             self._print_curl_line()
+        if self.owner_pid:
+            self._owner_watch = asyncio.create_task(self._end_with_owner(), name="llmkit owner")
         try:
             await self.ready()
         except LLMKitError as error:
@@ -202,7 +251,20 @@ class LLMKitApp(ExtensionApp):
     async def _start_registry(self) -> ModelRegistry:
         folder: ServerFolder | None = None
         registry: ModelRegistry | None = None
+        if self._wrong_setting is not None:
+            raise NotReady(
+                f"A setting of the server has a wrong value, so llmkit does not start: {self._wrong_setting}.",
+                hint="The operator mends it where it is set (Jupyter's configuration or command line) and starts the "
+                "server again. jupyter server --show-config shows what is set.",
+            )
+        for pattern in self.allowed_base_urls:
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                # Not an error of the trait, after which Jupyter would go on without what else was configured.
+                self.log.error("c.LLMKitApp.allowed_base_urls: %r allows nothing: %s.", pattern, error)
         try:
+            await asyncio.to_thread(self._check_places)
             folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
                 self.log.warning("Ended an engine that a killed server had left: %s", engine)
@@ -210,6 +272,7 @@ class LLMKitApp(ExtensionApp):
                 state_dir=Path(self.state_dir),
                 run_dir=folder.path,
                 secret_origins=self.secret_origins,
+                rules=Rules(self.allow_trust_remote_code, self.allowed_model_names, self.allowed_base_urls),
                 max_in_flight=self.max_in_flight,
                 max_queued=self.max_queued,
                 configurations=self.configurations,
@@ -244,13 +307,45 @@ class LLMKitApp(ExtensionApp):
         self._registry, self._folder = registry, folder
         return registry
 
+    def _check_places(self) -> None:
+        """Keep keys out of what the server serves as files, to whoever may read files; logs there are warned of."""
+        if self._server.default_services == BARE_SERVICES:
+            return  # it serves no files
+        contents = self._server.contents_manager
+        root, shows_hidden = Path(self._server.root_dir), bool(getattr(contents, "allow_hidden", False))
+        if _is_served(Path(self.state_dir), root, shows_hidden=shows_hidden):
+            raise NotReady(
+                f"The folder of configurations and keys, {self.state_dir}, lies among the files that this server "
+                f"serves ({root}): whoever may read files could read the keys.",
+                hint="Set LLMKIT_STATE_DIR to a folder outside of it, or in one whose name begins with a dot.",
+            )
+        if _is_served(Path(self.run_dir), root, shows_hidden=shows_hidden):
+            self.log.warning(
+                "The folder of logs and sockets, %s, lies among the files that this server serves (%s). "
+                "Set LLMKIT_RUN_DIR to a short path outside of it.",
+                self.run_dir,
+                root,
+            )
+
     async def stop_extension(self) -> None:
         """End every engine. May be called twice, as by two SIGTERMs; raises nothing, and has an end."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop(), name="llmkit stop")
         await asyncio.wait([self._stopping], timeout=STOP_SECONDS)
 
+    async def _end_with_owner(self) -> None:
+        """Stop the server as soon as its owner has ended; one that was killed can tell nobody."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            owner = psutil.Process(self.owner_pid)
+            # One that has ended and was not waited for yet is still in the list.
+            while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(OWNER_CHECK_SECONDS)
+        self.log.warning("Process %s, which started this server, has ended: the server ends, too.", self.owner_pid)
+        self._server.stop()
+
     async def _stop(self) -> None:
+        if self._owner_watch is not None:
+            self._owner_watch.cancel()
         if self._starting is None:
             return
         await asyncio.wait([self._starting])
@@ -272,13 +367,31 @@ class LLMKitApp(ExtensionApp):
         data = {**event, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         self._server.event_logger.emit(schema_id=MODEL_EVENT, data=data)
 
+    def openapi(self, model_types: tuple[str, ...]) -> dict[str, Any]:
+        """Give the OpenAPI document of all routes, made at the first call; of any thread."""
+        if self._openapi is None:
+            self._openapi = openapi.document(self.handlers, self._server.base_url, model_types)
+        return self._openapi
+
     # -- jupyter llmkit ------------------------------------------------------------------------------------
+
+    @classmethod
+    def make_serverapp(cls, **kwargs: Any) -> Any:
+        """Make the server of ``jupyter llmkit``, which runs nobody's code and shows nobody's files."""
+        server: Any = super().make_serverapp(**kwargs)
+        # Not in a subclass: its name would be that of its section in the operator's configuration, too.
+        server.default_services = BARE_SERVICES
+        return server
 
     def _jupyter_server_config(self) -> dict[str, Any]:
         # Jupyter applies this after the command line; ours are defaults, so what was given stays.
         config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
         given = self._server.config.get("ServerApp", {}) if self.serverapp else {}
-        return {"ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given}}
+        return {
+            "ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given},
+            # The contents manager brings /files of its own accord.
+            "ContentsManager": {"files_handler_class": None},
+        }
 
     def _print_curl_line(self) -> None:
         """Say how to reach a server that has nothing but llmkit."""
@@ -295,6 +408,12 @@ class LLMKitApp(ExtensionApp):
         print(
             f"\nllmkit serves {server.base_url}llm on port {server.port}. Try:\n\n    curl {header}{url}\n", flush=True
         )
+
+
+def _is_served(folder: Path, root: Path, *, shows_hidden: bool) -> bool:
+    """Say whether Jupyter's file server serves a folder: it lies below the root, and is not hidden as it means it."""
+    folder, root = folder.expanduser().resolve(), root.expanduser().resolve()
+    return folder.is_relative_to(root) and (shows_hidden or not is_hidden(folder, root))
 
 
 def _give_large_memory_back() -> None:

@@ -3,8 +3,11 @@
 Examples
 --------
 >>> import llmkit
->>> client = llmkit.connect()            # doctest: +SKIP
->>> llmkit.panel()                       # doctest: +SKIP
+>>> client = llmkit.connect()
+>>> print(client.prompt("demo", "What is the capital of France?"))
+The capital of France is Paris.
+>>> llmkit.panel()
+llmkit panel (run this cell to show it)
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from llmkit._version import __version__
 
 if TYPE_CHECKING:
-    from llmkit.client import AsyncClient, Client, connect
+    from llmkit.client import AsyncClient, Client, connect, start
     from llmkit.errors import LLMKitError
     from llmkit.panel import panel
 
-__all__ = ["AsyncClient", "Client", "LLMKitError", "__version__", "connect", "panel"]
+__all__ = ["AsyncClient", "Client", "LLMKitError", "__version__", "connect", "panel", "start"]
 
 _HOMES = {
     "AsyncClient": "llmkit.client",
@@ -28,6 +31,7 @@ _HOMES = {
     "connect": "llmkit.client",
     "load_ipython_extension": "llmkit.magics",  # what `%load_ext llmkit` calls
     "panel": "llmkit.panel",
+    "start": "llmkit.client",
 }
 
 

@@ -9,12 +9,14 @@ classes, so that a notebook sees the server's words.
     ├── MalformedRequest            400 malformed_request
     ├── NotAuthenticated            401 not_authenticated
     ├── NotAllowed                  403 not_allowed
-    │   └── ConversationsNotKept        conversations_not_kept
+    │   ├── ConversationsNotKept        conversations_not_kept
+    │   └── RefusedByOperator           refused_by_operator
     ├── NotFound                    404 not_found
     │   ├── ConfigurationNotFound       configuration_not_found
     │   ├── ModelNotFound               model_not_found
     │   ├── RequestNotFound             request_not_found
-    │   └── ConversationNotFound        conversation_not_found
+    │   ├── ConversationNotFound        conversation_not_found
+    │   └── KeyNotFound                 key_not_found
     ├── MethodNotAllowed            405 method_not_allowed
     ├── WrongState                  409 wrong_state
     │   ├── ConfigurationExists         configuration_exists
@@ -25,6 +27,7 @@ classes, so that a notebook sees the server's words.
     │   ├── RequestCancelled            request_cancelled
     │   ├── ModelLiveElsewhere          model_live_elsewhere
     │   ├── ConversationChanged         conversation_changed
+    │   ├── KeyExists                   key_exists
     │   ├── NoRoom                      no_room
     │   └── LoadCancelled               load_cancelled
     ├── TooLarge                    413 too_large
@@ -182,6 +185,12 @@ class ConversationsNotKept(NotAllowed):
     code = "conversations_not_kept"
 
 
+class RefusedByOperator(NotAllowed):
+    """The operator of this server does not allow this of anybody."""
+
+    code = "refused_by_operator"
+
+
 class NotFound(LLMKitError):
     """There is nothing at this path."""
 
@@ -210,6 +219,12 @@ class ConversationNotFound(NotFound):
     """No conversation that is kept has this ``conversation_id``."""
 
     code = "conversation_not_found"
+
+
+class KeyNotFound(NotFound):
+    """No key for tools has this name."""
+
+    code = "key_not_found"
 
 
 class MethodNotAllowed(LLMKitError):
@@ -270,6 +285,12 @@ class ConversationChanged(WrongState):
     """The conversation that is kept is not the one that this one follows."""
 
     code = "conversation_changed"
+
+
+class KeyExists(WrongState):
+    """Another key for tools has this name already."""
+
+    code = "key_exists"
 
 
 class NoRoom(WrongState):
@@ -500,6 +521,26 @@ def walk(root: type[LLMKitError] = LLMKitError) -> Iterator[type[LLMKitError]]:
     yield root
     for child in root.__subclasses__():
         yield from walk(child)
+
+
+LOAD_ERRORS: tuple[type[LLMKitError], ...] = (
+    RefusedByOperator,
+    NoRoom,
+    LoadCancelled,
+    ModelLiveElsewhere,
+    *walk(DoesNotFit),
+    RateLimited,
+    *walk(EngineGone),
+    EngineNotInstalled,
+    TimedOut,
+    DiskFull,
+)
+"""What can be raised where a model is loaded."""
+
+ASK_ERRORS: tuple[type[LLMKitError], ...] = tuple(
+    dict.fromkeys((ModelNotFound, WrongState, ModelNotLoaded, ModelUnloaded, RequestCancelled, QueueFull, *LOAD_ERRORS))
+)
+"""What can be raised where a model is asked: a request may load it first."""
 
 
 def from_wire(status: int, body: object) -> LLMKitError:

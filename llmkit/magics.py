@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import keyword
 import re
 import shlex
 import string
@@ -37,7 +38,9 @@ from IPython.core.magic import no_var_expand
 from IPython.display import Markdown, display
 
 from llmkit.client import Answer, Client, ModelList, connect
-from llmkit.errors import ConnectError, DoesNotFit, EngineGone, LLMKitError
+from llmkit.client.markdown import harmless
+from llmkit.client.stopping import Stopped
+from llmkit.errors import ConnectError, DoesNotFit, EngineGone, LLMKitError, NotAllowed, NotAuthenticated
 
 REDRAW_SECONDS = 0.1
 """Formatted text is drawn again at most that often."""
@@ -47,13 +50,6 @@ ANSWER_VARIABLE = "_llm"
 COMMANDS = ("models", "load", "unload", "use", "status")
 USAGE = (__doc__ or "").split(".. code-block:: text\n", 1)[-1].strip("\n")
 _BLOCK = re.compile(r"^ {0,3}```[^\n`]*\n(.*?)^ {0,3}```[ \t]*$", re.DOTALL | re.MULTILINE)
-
-
-class Stopped(KeyboardInterrupt):
-    """The person stopped an answer; IPython shows it in one line."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
@@ -66,7 +62,14 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
     Examples
     --------
-    >>> get_ipython().run_line_magic("load_ext", "llmkit")  # doctest: +SKIP
+    >>> %load_ext llmkit
+    >>> %llm status
+    http://127.0.0.1:...: llmkit ..., ok
+    model_id  status  model_type    model_name   ...
+    ...
+    >>> %%llm demo --temperature 0
+    ... What is the capital of France?
+    The capital of France is Paris.
     """
     magics = Magics(shell)
 
@@ -141,7 +144,7 @@ class Magics:
         if options.help:
             print(USAGE)
             return None
-        if options.to is not None and not options.to.isidentifier():
+        if options.to is not None and (not options.to.isidentifier() or keyword.iskeyword(options.to)):
             raise UsageError(f"--to wants the name of a variable, and `{options.to}` can be none.")
         variables = self._shell.user_ns
         prompt = expand(cell, variables).strip()
@@ -232,8 +235,8 @@ class Magics:
             self._client = connect()
         try:
             yield self._client
-        except ConnectError:
-            # It may be back on another port: the next magic looks for it.
+        except (ConnectError, NotAuthenticated, NotAllowed):
+            # It may be back on another port, or with another token: the next magic looks for it.
             self.close()
             raise
 
@@ -280,8 +283,14 @@ class _NoVariable(Exception):
 class _Template(string.Formatter):
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not isinstance(key, str) or key not in kwargs:
-            raise _NoVariable(key if isinstance(key, str) else "{}")
+            raise _NoVariable(key)
         return kwargs[key]
+
+    def parse(self, format_string: str) -> Iterator[Any]:
+        for part in super().parse(format_string):
+            if part[1] == "":  # which would be the first of what is counted
+                raise _NoVariable("{}")
+            yield part
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
@@ -306,10 +315,11 @@ def read_json(text: str) -> Any:
     blocks = _BLOCK.findall(text)
     try:
         return json.loads(blocks[0] if blocks else text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         start = text.strip()[:60]
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DoesNotFit(
-            f"The answer is no JSON: {error}. It begins: {start!r}.",
+            f"The answer is no JSON: {why}. It begins: {start!r}.",
             hint=f"Ask for JSON alone in the prompt. The text of the answer is {ANSWER_VARIABLE}.response.",
         ) from None
 
@@ -364,7 +374,7 @@ class _Formatted(_Silent):
 
     def end(self, text: str) -> None:
         self._drawn = time.monotonic()
-        drawn = Markdown(text)  # type: ignore[no-untyped-call]
+        drawn = Markdown(harmless(text))  # type: ignore[no-untyped-call]
         if self._handle is None:
             self._handle = display(drawn, display_id=True)  # type: ignore[no-untyped-call]
         else:

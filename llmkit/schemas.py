@@ -87,6 +87,15 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+def may_lack(*names: str) -> ConfigDict:
+    """Say in the JSON schema that an answer leaves these out where there is nothing to say."""
+
+    def mend(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", []) if name not in names]
+
+    return ConfigDict(json_schema_extra=mend)
+
+
 # -- configurations ----------------------------------------------------------------------------------------
 
 
@@ -146,6 +155,8 @@ class Configuration(StoredConfigRequest):
     """A stored configuration."""
 
     config_id: str
+
+    model_config = may_lack(*OPTIONAL_FIELDS, "declared")
 
     def to_wire(self) -> dict[str, Any]:
         """Give the JSON object of the configuration, identifiers first."""
@@ -210,6 +221,8 @@ class Capabilities(Wire):
     tools: bool | None = None
     vision: bool | None = None
     max_model_len: int | None = None
+    engine_version: str | None = None
+    """Of the engine that runs, as it tells itself; a remote endpoint tells none."""
 
 
 class ModelError(Wire):
@@ -456,6 +469,8 @@ class RequestRecord(Wire):
     """``inference``, or the path below ``/llm/v1``."""
     priority: Priority = "interactive"
     stream: bool = False
+    tool_key: str | None = None
+    """Name of the key for tools that it came with; null for a user of the server."""
     started_at: datetime
     outcome: Outcome
     status: int
@@ -469,6 +484,8 @@ class RequestRecord(Wire):
     """Only if the operator has bodies recorded."""
     response_body: str | None = None
 
+    model_config = may_lack("request_body", "response_body")
+
 
 class RunningRequest(Wire):
     """A request that is not over yet, as ``GET /llm/requests/`` tells it."""
@@ -478,6 +495,8 @@ class RunningRequest(Wire):
     api: str
     priority: Priority
     stream: bool
+    tool_key: str | None = None
+    """As in `RequestRecord`."""
     started_at: datetime
     status: Literal["queued", "loading", "running"]
     position: int | None = None
@@ -492,8 +511,14 @@ class RequestList(Wire):
     recent: list[RequestRecord]
 
 
+ANSWER_MAY_LACK: Final = ("reasoning", "tool_calls", "logprobs", "cost")
+"""Fields of an answer that appear only if there is something in them."""
+
+
 class InferenceAnswer(Wire):
     """Answer of ``POST /llm/inference/``, and the last frame of its stream."""
+
+    model_config = may_lack(*ANSWER_MAY_LACK)
 
     response: str
     model_id: str
@@ -503,6 +528,8 @@ class InferenceAnswer(Wire):
     tool_calls: list[dict[str, Any]] | None = None
     logprobs: dict[str, Any] | None = None
     """As in OpenAI's API, of all tokens of the answer; only if they were asked for."""
+    engine_version: str | None = None
+    """Of the engine that answered; null where it tells none, as a remote endpoint."""
     usage: Usage | None = None
     timings: Timings
     cost: Cost | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import FOREIGN_VARIABLES, IN_CI, JupyterServer, missing
+from support import FOREIGN_VARIABLES, IN_CI, MARKERS, JupyterServer, missing
 
 pytest_plugins = ["pytest_jupyter.jupyter_server"]
 
@@ -24,17 +24,17 @@ class LoadedModel(NamedTuple):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run; on a continuous-integration machine that is a failure."""
-    for marker in ("vllm", "ray", "browser"):
+    """Skip what this machine cannot run; on a continuous-integration machine that is a failure, but for a GPU."""
+    for marker in MARKERS:
         if item.get_closest_marker(marker) and (reason := missing(marker)):
-            if IN_CI:
+            if IN_CI and marker != "gpu":
                 pytest.fail(reason, pytrace=False)
             pytest.skip(reason)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say loudly what was not tested."""
-    for marker in ("vllm", "ray", "browser"):
+    for marker in MARKERS:
         reason = missing(marker)
         skipped = terminalreporter.stats.get("skipped", []) if reason else []
         if count := sum(str(reason) in str(report.longrepr) for report in skipped):

@@ -56,6 +56,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-cache-tokens", type=int, help="fail as vLLM does if the context is longer")
     parser.add_argument("--tokens-per-second", type=float, default=200.0)
     parser.add_argument("--no-chat-template", action="store_true")
+    parser.add_argument("--version", default="0.0.0")
+    parser.add_argument("--answer", help="say this, whatever is asked")
     parser.add_argument("serve", choices=["serve"])
     parser.add_argument("model")
     parser.add_argument("--uds", required=True)
@@ -126,8 +128,8 @@ def main() -> None:
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     reach("starting", options)
-    # Starts Python's resource tracker, too.
-    SharedMemory(f"fake-{os.environ.get('LLMKIT_ENGINE_ID', os.getpid())}", create=True, size=1 << 16)
+    # Starts Python's resource tracker, too. Held, so that every process of the engine has it mapped.
+    _held = SharedMemory(f"fake-{os.environ.get('LLMKIT_ENGINE_ID', os.getpid())}", create=True, size=1 << 16)
     core = start_core(options)
     if options.leak:
         leak()
@@ -163,6 +165,7 @@ class FakeServer:
         app.add_routes(
             [
                 web.get("/health", self.health),
+                web.get("/version", self.version),
                 web.get("/v1/models", self.models),
                 web.post("/tokenize", self.tokenize),
                 web.post("/v1/chat/completions", self.chat),
@@ -183,6 +186,9 @@ class FakeServer:
 
     async def health(self, _: web.Request) -> web.Response:
         return web.Response()
+
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": self._options.version})
 
     async def models(self, _: web.Request) -> web.Response:
         model = {
@@ -221,7 +227,7 @@ class FakeServer:
             words = f"This model's maximum context length is {self._options.max_model_len} tokens."
             return refusal(400, "BadRequestError", words)
         self._count += 1
-        words = repeat(body)
+        words = repeat(body) if self._options.answer is None else self._options.answer.split()
         cut = words[:wanted] if wanted else words
         reply = Reply(
             kind=kind,

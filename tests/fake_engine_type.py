@@ -48,5 +48,5 @@ class FakePluginEngineType(FakeVLLMEngineType):
 
 
 TESTS = Path(__file__).parent
-PLUGIN = {"PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "plugin")))}
-"""Environment of a program in which the model type ``fake`` is installed."""
+PLUGIN = {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS), str(TESTS / "plugin")))}
+"""Environment of a program in which the model type ``fake`` is installed; llmkit is the one that these tests are of."""

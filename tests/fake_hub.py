@@ -30,6 +30,10 @@ class FakeHub:
         Names of models that one has to ask for.
     bytes_per_second
         How fast files come; None is as fast as can be.
+    bytes_per_answer
+        After so many bytes of a file the line breaks; None is never.
+    busy
+        So many questions for a file are answered with 503 first.
     asked
         Method, path and Authorization header of every request.
     """
@@ -38,6 +42,8 @@ class FakeHub:
         self.models = models
         self.gated: set[str] = set()
         self.bytes_per_second: float | None = None
+        self.bytes_per_answer: int | None = None
+        self.busy = 0
         self.asked: list[tuple[str, str, str | None]] = []
         hub = self
 
@@ -62,7 +68,10 @@ class FakeHub:
                         self._refuse(404, "RevisionNotFound", "Invalid rev id")
                 else:
                     file = hub.models[name] / path.rsplit("/", 1)[1]
-                    if file.is_file():
+                    if hub.busy and self.command == "GET" and file.suffix == ".safetensors":
+                        hub.busy -= 1
+                        self._refuse(503, "", "busy")
+                    elif file.is_file():
                         self._send_file(file)
                     else:
                         self._refuse(404, "EntryNotFound", "Entry not found")
@@ -96,6 +105,9 @@ class FakeHub:
                 self.end_headers()
                 if self.command == "GET":
                     for at in range(start, len(data), PIECE_BYTES):
+                        if hub.bytes_per_answer is not None and at - start >= hub.bytes_per_answer:
+                            self.close_connection = True
+                            return
                         self.wfile.write(data[at : at + PIECE_BYTES])
                         if hub.bytes_per_second:
                             time.sleep(PIECE_BYTES / hub.bytes_per_second)
@@ -110,8 +122,17 @@ class FakeHub:
 
     def describe(self, name: str) -> dict[str, object]:
         files = sorted(path for path in self.models[name].iterdir() if path.is_file())
-        siblings = [{"rfilename": path.name, "size": path.stat().st_size, "blobId": "0"} for path in files]
+        siblings = [
+            {"rfilename": path.name, "size": path.stat().st_size, "blobId": "0", **self._large(path)} for path in files
+        ]
         return {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+    def _large(self, path: Path) -> dict[str, object]:
+        """Give what the hub says of weights, which it keeps by their SHA-256."""
+        if path.suffix != ".safetensors":
+            return {}
+        data = path.read_bytes()
+        return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
 
     def tree(self, name: str) -> list[dict[str, object]]:
         files = sorted(path for path in self.models[name].iterdir() if path.is_file())

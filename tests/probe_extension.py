@@ -1,7 +1,8 @@
 """A server extension that looks into the server's own process: tasks, and what is buffered for clients and engines.
 
 ``GET {base_url}probe`` tells. ``PROBE_FLUSH_SECONDS`` in the environment takes the place of the minute after which
-a client that reads nothing is cut off.
+a client that reads nothing is cut off. With ``PROBE_LEAKS`` every look leaks a file, a task and two MiB, so that a test
+can see that this is noticed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import gc
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 from aiohttp import StreamReader
 from jupyter_server.base.handlers import APIHandler
@@ -25,8 +26,13 @@ from llmkit.engines.sse import EventCutter
 class ProbeHandler(APIHandler):
     """``GET`` looks."""
 
+    leaked: ClassVar[list[Any]] = []
+
     @web.authenticated
     async def get(self) -> None:
+        if os.environ.get("PROBE_LEAKS"):
+            waiting = asyncio.create_task(asyncio.Event().wait())
+            self.leaked.append((os.open(os.devnull, os.O_RDONLY), waiting, os.urandom(2 << 20)))
         gc.collect()
         tasks = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks())
         self.finish({"tasks": tasks, "buffers": buffers()})

@@ -17,7 +17,7 @@ import aiohttp
 from benchmarks.processes import EXTENSIONS
 from fake_engine_type import PLUGIN
 from scripted_upstream import MODEL, ScriptedUpstream
-from support import JupyterServer, wait_until
+from support import REPOSITORY, JupyterServer, wait_until
 from yarl import URL
 
 API = Literal["v1", "inference"]
@@ -128,7 +128,12 @@ class Relayed:
 
 @contextmanager
 def relayed(
-    *, extensions: Sequence[str] = (), env: Mapping[str, str] | None = None, plugin: bool = False, **fields: Any
+    *,
+    extensions: Sequence[str] = (),
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    plugin: bool = False,
+    **fields: Any,
 ) -> Iterator[Relayed]:
     """Run a server with the model ``m``; `fields` are of its configuration.
 
@@ -136,15 +141,20 @@ def relayed(
     ----------
     extensions
         More server extensions: ``probe_extension``, ``bench_loop``.
+    args, env
+        More arguments and environment variables of the server.
     plugin
         Whether the model type ``fake`` is installed.
     """
-    places = [PLUGIN["PYTHONPATH"] if plugin else str(Path(__file__).parent), str(EXTENSIONS)]
+    places = [str(REPOSITORY), PLUGIN["PYTHONPATH"] if plugin else str(Path(__file__).parent), str(EXTENSIONS)]
     kwargs = {"max_retries": 0, **fields.pop("model_kwargs", {})}
     with (
         ScriptedUpstream() as upstream,
         JupyterServer(
-            args=[f"--ServerApp.jpserver_extensions={name}=True" for name in ("jupyter_server_ext", *extensions)],
+            args=[
+                *(f"--ServerApp.jpserver_extensions={name}=True" for name in ("jupyter_server_ext", *extensions)),
+                *args,
+            ],
             env={"PYTHONPATH": os.pathsep.join(places), **(env or {})},
         ) as server,
     ):

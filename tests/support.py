@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,13 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 import psutil
 
+from llmkit.engines.vllm.install import has_nvidia_gpu, installed
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+PROXY_FOLDER = "npm"
+"""Where in the virtual environment JupyterHub's proxy is installed."""
+MARKERS = ("gpu", "vllm", "ray", "browser", "hub")
+"""What a test is marked with that needs more of a machine than Python."""
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 START_SECONDS = 60.0
@@ -45,6 +52,14 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def proxy_of_jupyterhub() -> str | None:
+    """Give the path of ``configurable-http-proxy``, or None; ``tests/tiers.py`` installs it."""
+    if shutil.which("node") is None:
+        return None
+    own = Path(sys.prefix) / PROXY_FOLDER / "node_modules" / ".bin"
+    return shutil.which("configurable-http-proxy", path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def missing(marker: str) -> str | None:
     """Say what a test with this marker lacks on this machine, or None."""
     if marker == "vllm":
@@ -56,8 +71,18 @@ def missing(marker: str) -> str | None:
         return reason
     if marker == "ray" and importlib.util.find_spec("ray") is None:
         return "Ray is not installed: pip install 'llmkit[ray]'"
+    if marker == "gpu":
+        if not has_nvidia_gpu():
+            return "there is no NVIDIA GPU"
+        if not installed("vllm"):
+            return "the vLLM of GPUs is not installed: python -m llmkit.engines.vllm.install"
     if marker == "browser" and chromium() is None:
         return "Chromium is not installed: apt-get install chromium"
+    if marker == "hub":
+        if importlib.util.find_spec("jupyterhub") is None:
+            return "JupyterHub is not installed: make setup"
+        if proxy_of_jupyterhub() is None:
+            return "JupyterHub's proxy is not installed: npm install --global configurable-http-proxy@4"
     return None
 
 
@@ -139,8 +164,12 @@ class JupyterServer:
         Where configurations lie; by default an empty folder of its own.
     port
         Where it listens, also after a restart; by default on any free port, each time another.
+    certificate
+        File of a certificate and its key: the server then speaks ``https``.
     standby
         As the trait of `LLMKitApp`; off, so that tests do not import vLLM beside each other.
+    python
+        Of the environment that it runs in; by default that of the tests.
 
     Attributes
     ----------
@@ -162,13 +191,17 @@ class JupyterServer:
         root_dir: Path | None = None,
         state_dir: Path | None = None,
         port: int = 0,
+        certificate: Path | None = None,
         standby: Literal["auto", "on", "off"] = "off",
+        python: Path = Path(sys.executable),
     ) -> None:
         self.app = app
+        self.python = python
         self.standby = standby
         self.port = port
         self.base_url = base_url
-        self.args = list(args)
+        self.args = [*args, *([f"--certfile={certificate}", f"--keyfile={certificate}"] if certificate else [])]
+        self._scheme = "https" if certificate else "http"
         self.folder = Path(tempfile.mkdtemp(prefix="llmkit-server-"))
         # The path of a unix socket has at most 107 bytes: not below a long temporary folder.
         self.run_dir = Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp"))
@@ -179,7 +212,10 @@ class JupyterServer:
         self.url = ""
         self.process: subprocess.Popen[bytes] | None = None
         self._http = httpx.Client(
-            headers={"Authorization": f"token {self.token}"}, timeout=REQUEST_SECONDS, trust_env=False
+            headers={"Authorization": f"token {self.token}"},
+            timeout=REQUEST_SECONDS,
+            trust_env=False,
+            verify=ssl.create_default_context(cafile=certificate) if certificate else True,
         )
         self._env = {**self._environment(), **(env or {})}
 
@@ -213,7 +249,7 @@ class JupyterServer:
     def start(self) -> Self:
         """Start it, and return when it answers."""
         command = [
-            str(Path(sys.executable).parent / f"jupyter-{self.app}"),
+            str(self.python.parent / f"jupyter-{self.app}"),
             "--ip=127.0.0.1",
             f"--port={self.port}",
             "--no-browser",
@@ -244,9 +280,9 @@ class JupyterServer:
     def _answers(self) -> bool:
         if self.process is None or self.process.poll() is not None:
             raise AssertionError(f"jupyter {self.app} ended at once")
-        information = self.folder / "runtime" / f"jpserver-{self.process.pid}.json"
+        information = Path(self._env["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{self.process.pid}.json"
         try:
-            self.url = f"http://127.0.0.1:{json.loads(information.read_text())['port']}{self.base_url}"
+            self.url = f"{self._scheme}://127.0.0.1:{json.loads(information.read_text())['port']}{self.base_url}"
             return self._http.get(self.url + "api").is_success
         except (OSError, ValueError, httpx.TransportError):
             return False

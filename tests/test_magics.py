@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from support import JupyterServer, wait_until
 from traitlets.config import Config
 
 import llmkit
-from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, ServerNotFound
-from llmkit.magics import Magics, Stopped, expand, read_code, read_json
+from llmkit.client.stopping import Stopped
+from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, NotAllowed, ServerNotFound
+from llmkit.magics import Magics, expand, read_code, read_json
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -257,6 +259,7 @@ def test_the_only_loaded_model_needs_no_name(
     ("cell", "said"),
     [
         ("%%llm ask --to 1a\nHello", "--to"),
+        ("%%llm ask --to class\nHello", "--to"),
         ("%%llm ask --as yaml\nHello", "yaml"),
         ("%%llm ask --nonsense\nHello", "nonsense"),
         ("%%llm ask --temperature hot\nHello", "hot"),
@@ -342,6 +345,52 @@ def test_the_stop_button_ends_the_generation_and_keeps_what_came(notebook: Noteb
     assert "Traceback" not in notebook.out + notebook.err
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "%%llm ask --no-stream\nSing",
+        "client.prompt('ask', 'Sing')",
+        "for piece in client.stream('ask', 'Sing'): pass",
+        "client.map([{'x': 'Sing'}], '{x}', model='ask', progress=False)",
+    ],
+    ids=["magic", "prompt", "stream", "map"],
+)
+def test_whatever_is_stopped_says_so_in_a_line_and_is_ended_on_the_server(
+    notebook: Notebook,
+    client: llmkit.Client,
+    upstream: MockUpstream,
+    cell: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    running: list[str] = []
+
+    async def hold(request: web.Request, _: dict[str, Any]) -> web.Response:
+        running.append(request.path)
+        try:
+            await asyncio.sleep(60)
+            return web.json_response(chat_answer("too late"))
+        finally:
+            running.clear()
+
+    upstream.respond = hold
+    notebook.names["client"] = client
+
+    def stop() -> None:
+        wait_until(lambda: running, "the request")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Stopped):
+        notebook.run(cell)
+    stopper.join()
+    wait_until(lambda: not running, "the end of the generation", 5)
+    (line,) = (notebook.out + notebook.err).strip().splitlines()
+    assert line.startswith("Stopped. ")
+
+
 def test_an_error_half_way_keeps_what_came(notebook: Notebook, upstream: MockUpstream) -> None:
     async def break_off(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -394,6 +443,38 @@ def test_a_server_that_is_gone_is_looked_for_again(
     assert server.url in notebook.out
 
 
+def test_a_server_with_another_token_is_looked_for_again(
+    notebook: Notebook, server: JupyterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook.run("%llm status")
+    connected = magics(notebook.shell)._client
+    assert connected is not None
+    # As after a restart on the same port: Jupyter makes a new token.
+    connected.connection._http.headers["Authorization"] = "token of-before"
+    with pytest.raises(NotAllowed):
+        notebook.run("%llm status")
+    notebook.run("%llm status")
+    assert server.url in notebook.out
+
+
+def test_a_temperature_that_is_no_number_is_an_error_in_a_few_lines(notebook: Notebook, upstream: MockUpstream) -> None:
+    sent = len(upstream.requests)
+    with pytest.raises(DoesNotFit, match="temperature"):
+        notebook.run("%%llm ask --temperature nan\nHello")
+    assert len((notebook.out + notebook.err).strip().splitlines()) <= 4
+    assert len(upstream.requests) == sent
+
+
+def test_a_picture_in_an_answer_is_not_drawn(notebook: Notebook, upstream: MockUpstream) -> None:
+    says(upstream, "![a](http://127.0.0.1:9/a.png) <img src=http://127.0.0.1:9/a.png>")
+    notebook.run("%%llm ask --as markdown --to text\nHello")
+    for shown in notebook.shown:
+        assert "![" not in shown.data["text/markdown"]
+        assert "<img" not in shown.data["text/markdown"]
+    assert notebook.names["text"].startswith("![a](http")
+    assert "<img" not in notebook.names["_llm"]._repr_markdown_()
+
+
 # -- texts ---------------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +496,8 @@ def test_templates(template: str, text: str) -> None:
     ("template", "said"),
     [
         ("{}", "`{}`"),
-        ("{0}", "`{}`"),
+        ("{0}", "`0`"),
+        ("{!r}", "`{}`"),
         ('{"a": 1}', '`"a"`'),
         ("{a.nothing}", "a.nothing"),
         ("{c[9]}", "c"),
@@ -435,6 +517,8 @@ def test_json_and_code_are_found_in_what_models_write() -> None:
     assert read_json("```\n{}\n```") == {}
     with pytest.raises(DoesNotFit, match="begins"):
         read_json("")
+    with pytest.raises(DoesNotFit, match="nested too deeply"):
+        read_json("[" * 100_000)
     assert read_code(" x = 1 \n") == "x = 1"
     assert read_code("```py\nif x:\n    y\n```") == "if x:\n    y"
     assert read_code("```py\nx = 1\n```\n\n```\ny\n```") == "x = 1\n\ny"

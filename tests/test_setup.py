@@ -13,7 +13,17 @@ import psutil
 import pytest
 import tiers
 from packaging.requirements import Requirement
-from support import ANSWER, LOAD_SECONDS, QUESTION, REPOSITORY, own_environment, processes_using, wait_until
+from support import (
+    ANSWER,
+    LOAD_SECONDS,
+    QUESTION,
+    REPOSITORY,
+    missing,
+    own_environment,
+    processes_using,
+    proxy_of_jupyterhub,
+    wait_until,
+)
 
 from llmkit.engines.vllm import install
 
@@ -187,7 +197,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_make_lists_its_targets() -> None:
     listed = re.findall(r"^  make (\S+)", make("help").stdout, re.MULTILINE)
-    assert listed == ["help", "setup", "lab", "demo", "test", "test-fast", "bench", "soak", "lint", "clean"]
+    assert listed == ["help", "setup", "lab", "demo", "test", "test-fast", "bench", "soak", "long-run", "lint", "clean"]
 
 
 def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
@@ -273,6 +283,59 @@ def in_its_folder(server: psutil.Process) -> str | None:
     """Give the working directory of a server once it has left the one of its parent."""
     found = server.cwd()
     return found if Path(found).name.startswith("lk-") else None
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the only folder in which the runner of the tiers finds programs, with an environment of its own."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    for name in ("chromium", "curl"):
+        make_program(folder / name, "exit 0")
+    return folder
+
+
+def make_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_the_proxy_of_jupyterhub_is_installed_once_in_the_environment(
+    programs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_program(programs / "node", "exit 0")
+    installed = Path(sys.prefix) / "npm" / "node_modules" / ".bin" / "configurable-http-proxy"
+    make_program(
+        programs / "npm",
+        f'echo "$@" >> {programs}/asked; /bin/mkdir -p {installed.parent}; : > {installed}; /bin/chmod +x {installed}',
+    )
+    for _ in range(2):
+        tiers.provide_programs()
+    (asked,) = (programs / "asked").read_text().splitlines()
+    assert asked.endswith(f"--prefix={sys.prefix}/npm configurable-http-proxy@4")
+    assert capfd.readouterr().out == "Installing configurable-http-proxy@4\n"
+    assert proxy_of_jupyterhub() == str(installed)
+
+
+def test_a_proxy_that_cannot_be_installed_is_told_and_its_tests_are_skipped(
+    programs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_program(programs / "node", "exit 0")
+    make_program(programs / "npm", "echo the registry does not answer; exit 1")
+    tiers.provide_programs()
+    assert "npm install failed:\nthe registry does not answer" in capfd.readouterr().out
+    assert "npm install --global configurable-http-proxy@4" in str(missing("hub"))
+
+
+def test_without_node_and_a_way_to_install_it_a_person_is_told(
+    programs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiers.provide_programs()
+    said = capfd.readouterr().out
+    assert "not mine to install: nodejs npm" in said
+    assert "for want of npm" in said
 
 
 def without_chromium(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

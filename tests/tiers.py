@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from support import PROXY_FOLDER, proxy_of_jupyterhub
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIERS = {
     "fast": "not vllm and not ray and not browser",
@@ -27,14 +29,25 @@ NO_TESTS = 5  # pytest's exit status when it selected none
 
 DEBIAN_PACKAGES = {"chromium": ["chromium", "fonts-liberation"], "curl": ["curl"]}
 """Programs that tests drive, and the Debian packages that have them."""
+NODE_PACKAGES = {"node": ["nodejs"], "npm": ["npm"]}
+"""The same for what installs and runs JupyterHub's proxy."""
+PROXY = "configurable-http-proxy@4"
 APT_SECONDS = 900
+NPM_SECONDS = 300
 
 
 def provide_programs() -> None:
     """Install the programs that are missing, where that is possible and allowed; the tests say what they lack."""
-    packages = [p for program, some in DEBIAN_PACKAGES.items() if shutil.which(program) is None for p in some]
-    if not packages:
-        return
+    needed = DEBIAN_PACKAGES if proxy_of_jupyterhub() else DEBIAN_PACKAGES | NODE_PACKAGES
+    packages = [p for program, some in needed.items() if shutil.which(program) is None for p in some]
+    if packages:
+        install_packages(packages)
+    if proxy_of_jupyterhub() is None:
+        install_proxy()
+
+
+def install_packages(packages: list[str]) -> None:
+    """Install Debian packages, or say why not."""
     names = " ".join(packages)
     root = as_root()
     if shutil.which("apt-get") is None or root is None:
@@ -60,6 +73,31 @@ def provide_programs() -> None:
         if done.returncode != 0:
             print(f"apt-get {command[0]} failed:\n{done.stdout[-2000:]}", flush=True)
             return
+
+
+def install_proxy() -> None:
+    """Install JupyterHub's proxy in this virtual environment, or say why not."""
+    npm = shutil.which("npm")
+    if npm is None:
+        print(f"Not installed, for want of npm: {PROXY}. Tests that need it are skipped.", flush=True)
+        return
+    print(f"Installing {PROXY}", flush=True)
+    quiet = ["--no-audit", "--no-fund", "--no-update-notifier", "--loglevel=error"]
+    try:
+        done = subprocess.run(
+            [npm, "install", *quiet, f"--prefix={Path(sys.prefix) / PROXY_FOLDER}", PROXY],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=NPM_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"npm install took more than {NPM_SECONDS} s", flush=True)
+        return
+    if done.returncode != 0:
+        print(f"npm install failed:\n{done.stdout[-2000:]}", flush=True)
 
 
 def as_root() -> list[str] | None:

@@ -13,6 +13,7 @@ from jupyter_server_ext.handlers.configurations import (
 )
 from jupyter_server_ext.handlers.conversations import ConversationHandler, ConversationsHandler
 from jupyter_server_ext.handlers.inference import InferenceHandler, RequestHandler, RequestsHandler
+from jupyter_server_ext.handlers.keys import KeyHandler, KeysHandler
 from jupyter_server_ext.handlers.models import (
     LoadedModelsHandler,
     LoadModelHandler,
@@ -25,6 +26,7 @@ from jupyter_server_ext.handlers.observability import (
     EngineMetricsHandler,
     HealthHandler,
     LogsHandler,
+    OpenAPIHandler,
 )
 from jupyter_server_ext.handlers.openai_api import (
     RELAYED_PATHS,
@@ -49,6 +51,8 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/requests/?", RequestsHandler),
     (r"/llm/conversations/?", ConversationsHandler),
     (r"/llm/conversations/([^/]+)/?", ConversationHandler),
+    (r"/llm/keys/?", KeysHandler),
+    (r"/llm/keys/([^/]+)/?", KeyHandler),
     (r"/llm/model_types/?", ModelTypesHandler),
     (r"/llm/models/?", ModelsHandler),
     (r"/llm/models/([^/]+)/?", ModelHandler),
@@ -56,5 +60,6 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/models/([^/]+)/metrics/?", EngineMetricsHandler),
     (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
+    (r"/llm/openapi\.json", OpenAPIHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),
 ]

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
@@ -21,17 +21,26 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 from tornado import web
 
+from jupyter_server_ext.handlers.key_identity import KeyIdentity, given_key
+from jupyter_server_ext.operations import Flag, Number, Seconds
 from llmkit import errors
 from llmkit.engines.base import does_not_fit, validation_details
 from llmkit.errors import LLMKitError
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import MAX_CONFIGURATION_BYTES
+from llmkit.tool_keys import ToolKey
 
 RESOURCE = "llm"
+METHODS: Final = ("get", "post", "put", "delete")
+"""That a handler can have."""
 MAX_DEPTH = 64
 MAX_VALUES = 100_000
 PARSE_IN_THREAD_BYTES = 256 << 10
+_DECIMAL = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?([eE][+-]?[0-9]{1,3})?")  # float() also takes "1_0", "inf" and "٣"
 _MAY_OVERFLOW = re.compile(rb"\d[eE]|\d{300}")
+_LOGGED_CHARACTERS = 300
+_LOGGED_HEADERS = frozenset({"Host", "Accept", "Referer", "User-Agent"})
+"""That Jupyter writes into its log with a request that failed."""
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
@@ -39,8 +48,14 @@ T = TypeVar("T")
 class RegistryOwner(Protocol):
     """What handlers ask of the app."""
 
+    max_body_size: int
+
     async def ready(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
+        ...
+
+    def openapi(self, model_types: tuple[str, ...]) -> dict[str, Any]:
+        """Give the OpenAPI document of all routes."""
         ...
 
 
@@ -49,22 +64,40 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     """Base of all handlers under ``/llm``.
 
     The body is taken as a stream, so that who is not allowed in, or sends too much, fills no memory.
+
+    Attributes
+    ----------
+    opened_by_keys
+        The methods that keys for tools open; a new endpoint has none unless it says so.
+    tool_key
+        The key for tools that the request came with; None for a user of the server.
     """
 
     max_body_bytes = MAX_CONFIGURATION_BYTES
     max_values = MAX_VALUES
+    opened_by_keys: frozenset[str] = frozenset()
+    tool_key: ToolKey | None = None
 
     def initialize(self, name: str) -> None:
         """Keep nothing of a body until it is known who sends it."""
         self._body: list[bytes] | None = None
+        self._prepared = False
         self._body_bytes = 0
+        key = given_key(self.request)
+        self._key_identity = KeyIdentity(key) if key is not None else None
         super().initialize(name)
+
+    @property
+    def identity_provider(self) -> Any:
+        """The server's own, but for a request that comes with a key for tools: the key alone says who asks."""
+        return self._key_identity or super().identity_provider
 
     async def prepare(self) -> None:  # type: ignore[override]  # as in Jupyter's own API handlers
         """Let in who may, before the body is read."""
         await super().prepare()
         if self.current_user and self.request.method in ("POST", "PUT"):
             self._body = []
+        self._prepared = True
 
     def data_received(self, chunk: bytes) -> None:
         """Keep a part of the body, as long as it is wanted."""
@@ -82,10 +115,14 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
 
     set_secure_cookie = set_signed_cookie  # its older name, which Jupyter uses
 
+    @property
+    def app(self) -> RegistryOwner:
+        """The extension."""
+        return cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
+
     async def registry(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
-        app = cast("RegistryOwner", self.extensionapp)  # LLMKitApp, which imports this module
-        return await app.ready()
+        return await self.app.ready()
 
     # -- the request ---------------------------------------------------------------------------------------
 
@@ -120,37 +157,36 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
             return await asyncio.to_thread(parse, body, self.max_values, *args)
         return parse(body, self.max_values, *args)
 
-    def flag(self, name: str, *, default: bool) -> bool:
+    def flag(self, flag: Flag) -> bool:
         """Read a query parameter that is true or false."""
-        text = self.get_query_argument(name, None)
+        text = self.get_query_argument(flag.name, None)
         if text is None:
-            return default
+            return flag.default
         if text.lower() in ("true", "1"):
             return True
         if text.lower() in ("false", "0"):
             return False
-        raise errors.MalformedRequest(f"`{name}` must be true or false.", param=name)
+        raise errors.MalformedRequest(f"`{flag.name}` must be true or false.", param=flag.name)
 
-    def seconds(self, name: str, *, default: float, most: float) -> float:
+    def seconds(self, seconds: Seconds) -> float:
         """Read a query parameter that is a duration in seconds."""
-        text = self.get_query_argument(name, None)
+        text = self.get_query_argument(seconds.name, None)
         if text is None:
-            return default
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= most:
-            raise errors.MalformedRequest(f"`{name}` must be a number of seconds from 0 to {most:g}.", param=name)
+            return seconds.default
+        value = float(text) if _DECIMAL.fullmatch(text) else -1.0
+        if not 0 <= value <= seconds.most:
+            rule = f"`{seconds.name}` must be a number of seconds from 0 to {seconds.most:g}."
+            raise errors.MalformedRequest(rule, param=seconds.name)
         return value
 
-    def number(self, name: str, *, default: int, most: int) -> int:
+    def number(self, number: Number) -> int:
         """Read a query parameter that is a whole number."""
-        text = self.get_query_argument(name, None)
+        text = self.get_query_argument(number.name, None)
         if text is None:
-            return default
-        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= most):
-            raise errors.MalformedRequest(f"`{name}` must be a whole number from 0 to {most}.", param=name)
+            return number.default
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= number.most):
+            rule = f"`{number.name}` must be a whole number from 0 to {number.most}."
+            raise errors.MalformedRequest(rule, param=number.name)
         return int(text)
 
     # -- the answer ----------------------------------------------------------------------------------------
@@ -165,8 +201,13 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         raised = kwargs.get("exc_info", (None, None, None))[1]
         error = raised if isinstance(raised, LLMKitError) else self._explain(status_code, raised)
         self.set_status(error.status)
+        if not self._prepared:
+            self.set_header("Connection", "close")  # Tornado will: the body was not read
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
             self.set_header("Retry-After", str(math.ceil(error.details.get("retry_after", 1))))
+        elif error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            own = (name for name in METHODS if getattr(type(self), name) is not getattr(LLMHandler, name))
+            self.set_header("Allow", ", ".join(name.upper() for name in own))
         self.finish(to_json(error.to_wire()))
 
     def _explain(self, status: int, raised: BaseException | None) -> LLMKitError:
@@ -198,6 +239,9 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         unread = self.get_status() < HTTPStatus.MULTIPLE_CHOICES and not _is_read(self.log, logging.DEBUG)
         # An operator's own function logs what it likes.
         if not (unread and isinstance(log, partial) and log.func is log_request):
+            self.request.uri = _for_log(self.request.uri or "")
+            for name in _LOGGED_HEADERS & self.request.headers.keys():
+                self.request.headers[name] = _for_log(self.request.headers[name])
             super()._log()
         elif log.keywords.get("record_prometheus_metrics", True):
             prometheus_log_method(self)  # type: ignore[no-untyped-call]  # all else that Jupyter's log does
@@ -223,6 +267,13 @@ class UnknownPathHandler(LLMHandler):
 
     # The one exception to a decorated method a handler: the same class, action and resource.
     post = put = delete = patch = get
+
+
+def _for_log(text: str) -> str:
+    """Cut and escape what a client has sent, so that it neither fills a log nor steers the terminal that shows it."""
+    if len(text) > _LOGGED_CHARACTERS:
+        text = text[:_LOGGED_CHARACTERS] + "..."
+    return text if text.isascii() and text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def _is_read(logger: logging.Logger, level: int) -> bool:

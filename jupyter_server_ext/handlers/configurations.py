@@ -5,26 +5,50 @@ from __future__ import annotations
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
+from jupyter_server_ext.answers import Checked, ConfigurationDeleted, Configured, ModelTypeList
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
+from jupyter_server_ext.operations import Flag, describes
 from llmkit.engines.base import does_not_fit
-from llmkit.schemas import ModelConfigRequest, StoredConfigRequest
+from llmkit.errors import (
+    LOAD_ERRORS,
+    ConfigurationExists,
+    ConfigurationNotFound,
+    ConfigurationReadOnly,
+    DiskFull,
+    DoesNotFit,
+    ModelIsLoaded,
+    ModelLiveElsewhere,
+    RefusedByOperator,
+    walk,
+)
+from llmkit.schemas import Configuration, ModelConfigRequest, StoredConfigRequest
+
+DRY_RUN = Flag("dry_run", "Only check it, and say what a load would take.")
+RELOAD = Flag("reload", "Load a loaded model again where its engine must start anew for the change.")
+UNLOAD = Flag("unload", "Unload the model first, if it is loaded.")
 
 
 class ConfigureModelHandler(LLMHandler):
     """``POST /llm/configure_model/``."""
 
+    @describes(
+        answer=Configured | Checked,
+        body=ModelConfigRequest,
+        query=(DRY_RUN,),
+        errors=(ConfigurationExists, ModelLiveElsewhere, RefusedByOperator, *walk(DoesNotFit), DiskFull),
+    )
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def post(self) -> None:
         """Store a new configuration and answer its ``config_id``, or only check it."""
         registry = await self.registry()
-        dry_run = self.flag("dry_run", default=False)
+        dry_run = self.flag(DRY_RUN)
         request = await self.read_body(ModelConfigRequest)
         if dry_run:
-            self.answer({"plan": await registry.check(request)})
+            self.answer(Checked(plan=await registry.check(request)))
             return
         configuration = await registry.configure(request)
-        self.answer({"config_id": configuration.config_id})
+        self.answer(Configured(config_id=configuration.config_id))
 
 
 class ConfigurationsHandler(LLMHandler):
@@ -32,6 +56,7 @@ class ConfigurationsHandler(LLMHandler):
 
     _track_activity = False
 
+    @describes(answer=list[Configuration])
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
@@ -45,6 +70,7 @@ class ConfigurationHandler(LLMHandler):
 
     _track_activity = False
 
+    @describes(answer=Configuration, errors=(ConfigurationNotFound,))
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self, config_id: str) -> None:
@@ -52,6 +78,12 @@ class ConfigurationHandler(LLMHandler):
         registry = await self.registry()
         self.answer(registry.configuration(config_id).to_wire())
 
+    @describes(
+        answer=Configuration | Checked,
+        body=StoredConfigRequest,
+        query=(RELOAD, DRY_RUN),
+        errors=(ConfigurationNotFound, ConfigurationReadOnly, ModelIsLoaded, *LOAD_ERRORS),
+    )
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def put(self, config_id: str) -> None:
@@ -61,19 +93,24 @@ class ConfigurationHandler(LLMHandler):
         body = await self.read_body(StoredConfigRequest)
         if body.config_id not in (None, config_id):
             raise does_not_fit([{"path": "config_id", "message": "is not the one in the path"}])
-        reload = self.flag("reload", default=False)
-        if self.flag("dry_run", default=False):
-            self.answer({"plan": await registry.check(body.request(), config_id, reload=reload)})
+        reload = self.flag(RELOAD)
+        if self.flag(DRY_RUN):
+            self.answer(Checked(plan=await registry.check(body.request(), config_id, reload=reload)))
             return
         self.answer((await registry.update(config_id, body.request(), reload=reload)).to_wire())
 
+    @describes(
+        answer=ConfigurationDeleted,
+        query=(UNLOAD,),
+        errors=(ConfigurationNotFound, ConfigurationReadOnly, ModelIsLoaded, ModelLiveElsewhere, DiskFull),
+    )
     @web.authenticated
     @authorized("write", resource=RESOURCE)
     async def delete(self, config_id: str) -> None:
         """Delete a configuration and its key."""
         registry = await self.registry()
-        await registry.delete(config_id, unload=self.flag("unload", default=False))
-        self.answer({"detail": "Configuration deleted successfully"})
+        await registry.delete(config_id, unload=self.flag(UNLOAD))
+        self.answer(ConfigurationDeleted(detail="Configuration deleted successfully"))
 
 
 class ModelTypesHandler(LLMHandler):
@@ -81,6 +118,7 @@ class ModelTypesHandler(LLMHandler):
 
     _track_activity = False
 
+    @describes(answer=ModelTypeList)
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:

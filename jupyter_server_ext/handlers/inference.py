@@ -7,25 +7,47 @@ from typing import Any, Final
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
+from jupyter_server_ext.answers import Cancelled
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
 from jupyter_server_ext.handlers.streaming import StreamHandler, events_of
-from llmkit.errors import MalformedRequest
+from jupyter_server_ext.operations import Number, Text, describes
+from llmkit.errors import ASK_ERRORS, MalformedRequest, ModelNotFound, RequestNotFound
 from llmkit.inference.running import Running
 from llmkit.registry.requests import Requests
-from llmkit.schemas import MAX_PROMPT_BYTES, InferenceRequest, Priority
+from llmkit.schemas import (
+    ANSWER_MAY_LACK,
+    InferenceAnswer,
+    InferenceRequest,
+    Priority,
+    RequestList,
+)
 
 PRIORITY_HEADER: Final = "X-LLMKit-Priority"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 MODEL_HEADER: Final = "X-LLMKit-Model"
 _PRIORITIES: Final[dict[str, Priority]] = {"interactive": "interactive", "batch": "batch"}
-DEFAULT_RECENT = 100
-MOST_RECENT = 10_000
+LIMIT = Number("limit", "Requests that are over, at most.", 100, 10_000)
+MODEL_ID = Text("model_id", "Only requests to this model.")
+PRIORITY = Text(
+    PRIORITY_HEADER,
+    "A batch goes after everything interactive in the queue; interactive if it is not said.",
+    ("interactive", "batch"),
+)
+HEADERS_OF_ANSWERS: Final = {
+    REQUEST_ID_HEADER: "By which the request can be ended, and is known in GET /llm/requests/.",
+    MODEL_HEADER: "The model_id of the model that answered: another one if that failed and has a fallback.",
+}
 
 
 class AskingHandler(StreamHandler):
     """Base of the handlers that put a request to a model."""
 
-    max_body_bytes = MAX_PROMPT_BYTES
+    opened_by_keys = frozenset({"POST"})
+
+    def initialize(self, name: str) -> None:
+        """Take as much as the operator lets prompts be."""
+        super().initialize(name)
+        self.max_body_bytes = self.app.max_body_size
 
     def priority(self) -> Priority:
         """Read the class of the request."""
@@ -56,6 +78,15 @@ class AskingHandler(StreamHandler):
 class InferenceHandler(AskingHandler):
     """``POST /llm/inference/``."""
 
+    @describes(
+        answer=InferenceAnswer,
+        body=InferenceRequest,
+        headers=(PRIORITY,),
+        answer_headers=HEADERS_OF_ANSWERS,
+        errors=ASK_ERRORS,
+        streams='With `stream` in `inference_kwargs`: events `{"delta": ...}`, then the whole answer, then `[DONE]`; '
+        'an error is a last event `{"error": ...}` without it.',
+    )
     @web.authenticated
     @authorized("execute", resource=RESOURCE)
     async def post(self) -> None:
@@ -70,7 +101,7 @@ class InferenceHandler(AskingHandler):
             self.introduce(requests, running)
 
         if request.inference_kwargs.get("stream") is not True:
-            answer = await requests.infer(request, priority=priority, known=known)
+            answer = await requests.infer(request, priority=priority, key=self.tool_key, known=known)
             self.name_model()
             self.answer(_plain(answer))
             return
@@ -80,7 +111,7 @@ class InferenceHandler(AskingHandler):
             await self.send(*frames)
 
         try:
-            answer = await requests.infer(request, send, priority=priority, known=known)
+            answer = await requests.infer(request, send, priority=priority, key=self.tool_key, known=known)
             self.name_model()
             await self.write_now(events_of(_plain(answer)) + b"data: [DONE]\n\n", is_last=True)
         except Exception as raised:
@@ -91,20 +122,22 @@ class InferenceHandler(AskingHandler):
 
 def _plain(answer: Any) -> dict[str, Any]:
     """Leave out what this answer has none of."""
-    optional = {"reasoning", "tool_calls", "logprobs", "cost"}
-    return {k: v for k, v in answer.model_dump(mode="json").items() if v is not None or k not in optional}
+    return {k: v for k, v in answer.model_dump(mode="json").items() if v is not None or k not in ANSWER_MAY_LACK}
 
 
 class RequestHandler(LLMHandler):
     """``DELETE /llm/inference/{request_id}``."""
 
+    opened_by_keys = frozenset({"DELETE"})
+
+    @describes(answer=Cancelled, errors=(RequestNotFound,))
     @web.authenticated
     @authorized("execute", resource=RESOURCE)
     async def delete(self, request_id: str) -> None:
         """End a running request."""
         registry = await self.registry()
-        registry.requests.cancel(request_id)
-        self.answer({"message": "Request cancelled", "request_id": request_id})
+        registry.requests.cancel(request_id, self.tool_key)
+        self.answer(Cancelled(message="Request cancelled", request_id=request_id))
 
 
 class RequestsHandler(LLMHandler):
@@ -112,13 +145,14 @@ class RequestsHandler(LLMHandler):
 
     _track_activity = False
 
+    @describes(answer=RequestList, query=(LIMIT, MODEL_ID), errors=(ModelNotFound,))
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
         """Answer the requests that run, and those of late."""
         registry = await self.registry()
-        limit = self.number("limit", default=DEFAULT_RECENT, most=MOST_RECENT)
-        model_id = self.get_query_argument("model_id", None)
+        limit = self.number(LIMIT)
+        model_id = self.get_query_argument(MODEL_ID.name, None)
         if model_id is not None:
             registry.model(model_id)  # 404 of one that does not exist
         found = await registry.requests.overview(limit, model_id)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from typing import Any
 
 from jupyter_server.auth.decorator import authorized
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -10,11 +12,13 @@ from tornado import web
 
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
 from jupyter_server_ext.handlers.streaming import StreamHandler
+from jupyter_server_ext.operations import Flag, Number, describes
+from llmkit.errors import EngineGone, ModelNotFound, ModelNotLoaded, NotSupported, TimedOut
 from llmkit.registry.registry import ModelRegistry
-from llmkit.schemas import LogTail
+from llmkit.schemas import Devices, Health, LogTail
 
-DEFAULT_LINES = 200
-MOST_LINES = 10_000
+TAIL = Number("tail", "Lines at most.", 200, 10_000)
+FOLLOW = Flag("follow", "Stream the log: the last lines first, then what is added.")
 
 
 class HealthHandler(LLMHandler):
@@ -22,6 +26,7 @@ class HealthHandler(LLMHandler):
 
     _track_activity = False
 
+    @describes(answer=Health)
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
@@ -30,11 +35,27 @@ class HealthHandler(LLMHandler):
         self.answer(registry.health())
 
 
+class OpenAPIHandler(LLMHandler):
+    """``GET /llm/openapi.json``."""
+
+    _track_activity = False
+
+    @describes(answer=dict[str, Any])
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Describe this API, as an OpenAPI 3.1 document."""
+        registry = await self.registry()
+        # Some tenths of a second the first time, in which the event loop does not stand still.
+        self.answer(await asyncio.to_thread(self.app.openapi, tuple(registry.engine_types)))
+
+
 class DevicesHandler(LLMHandler):
     """``GET /llm/devices``."""
 
     _track_activity = False
 
+    @describes(answer=Devices)
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
@@ -48,13 +69,19 @@ class LogsHandler(StreamHandler):
 
     _track_activity = False
 
+    @describes(
+        answer=LogTail,
+        query=(TAIL, FOLLOW),
+        errors=(ModelNotFound,),
+        streams='With `follow=true`: an event `{"line": ...}` for each line, until the engine has ended.',
+    )
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self, model_id: str) -> None:
         """Answer the last lines of the engine's log, or stream it: the last lines first, then what is added."""
         registry = await self.registry()
-        tail = self.number("tail", default=DEFAULT_LINES, most=MOST_LINES)
-        if not self.flag("follow", default=False):
+        tail = self.number(TAIL)
+        if not self.flag(FOLLOW):
             self.answer(LogTail(model_id=model_id, lines=await registry.log_tail(model_id, tail)))
             return
         registry.model(model_id)  # 404 before the headers of a stream
@@ -73,6 +100,11 @@ class EngineMetricsHandler(StreamHandler):
 
     _track_activity = False
 
+    @describes(
+        answer=str,
+        text="text/plain",
+        errors=(ModelNotFound, ModelNotLoaded, NotSupported, EngineGone, TimedOut),
+    )
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self, model_id: str) -> None:

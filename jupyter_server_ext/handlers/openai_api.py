@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
+from jupyter_server_ext.answers import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    OpenAIModel,
+    OpenAIModelList,
+    OpenAIRequest,
+    ResponseRequest,
+    TokenizeRequest,
+)
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
-from jupyter_server_ext.handlers.inference import AskingHandler
-from llmkit.errors import EngineRefused
+from jupyter_server_ext.handlers.inference import HEADERS_OF_ANSWERS, PRIORITY, AskingHandler
+from jupyter_server_ext.operations import Text, describes
+from llmkit.errors import ASK_ERRORS, EngineRefused, ModelNotFound
 from llmkit.inference import openai_api
 from llmkit.inference.running import Running
 
 RELAYED_PATHS: Final = "|".join(openai_api.PATHS)
+BODIES: Final[dict[str, type[OpenAIRequest]]] = {
+    "chat/completions": ChatCompletionRequest,
+    "completions": CompletionRequest,
+    "embeddings": EmbeddingRequest,
+    "responses": ResponseRequest,
+    "tokenize": TokenizeRequest,
+}
 PASSED_HEADERS: Final = ("traceparent", "tracestate", "OpenAI-Beta")
 """Of a client's request, to the engine."""
 
@@ -24,6 +42,15 @@ class OpenAIHandler(AskingHandler):
 
     max_values = 1_000_000  # prompts and inputs of embeddings can be lists of tokens
 
+    @describes(
+        answer=dict[str, Any],
+        body=BODIES,
+        headers=(PRIORITY, *(Text(name, "Passed on to the engine.") for name in PASSED_HEADERS)),
+        answer_headers=HEADERS_OF_ANSWERS,
+        errors=ASK_ERRORS,
+        streams='With `stream`: the engine\'s own events; an error is a last event `{"error": ...}` without `[DONE]`.',
+        engine_errors=True,
+    )
     @web.authenticated
     @authorized("execute", resource=RESOURCE)
     async def post(self, api: str) -> None:
@@ -44,7 +71,9 @@ class OpenAIHandler(AskingHandler):
             await self.write_now(events, is_last=is_last)
 
         try:
-            answer = await requests.relay(api, body, write, priority=priority, headers=headers or None, known=known)
+            answer = await requests.relay(
+                api, body, write, priority=priority, headers=headers or None, key=self.tool_key, known=known
+            )
         except Exception as raised:
             if not self._headers_written:
                 raise
@@ -68,24 +97,28 @@ class OpenAIHandler(AskingHandler):
 class OpenAIModelsHandler(LLMHandler):
     """``GET /llm/v1/models``."""
 
+    opened_by_keys = frozenset({"GET"})
     _track_activity = False
 
+    @describes(answer=OpenAIModelList)
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
         """List the models that can be asked now."""
         registry = await self.registry()
-        self.answer({"object": "list", "data": registry.openai_models()})
+        self.answer({"object": "list", "data": registry.openai_models(self.tool_key)})
 
 
 class OpenAIModelHandler(LLMHandler):
     """``GET /llm/v1/models/{model_id}``."""
 
+    opened_by_keys = frozenset({"GET"})
     _track_activity = False
 
+    @describes(answer=OpenAIModel, errors=(ModelNotFound,))
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self, model_id: str) -> None:
         """Answer one model, whether it can be asked now or not."""
         registry = await self.registry()
-        self.answer(registry.openai_model(model_id))
+        self.answer(registry.openai_model(model_id, self.tool_key))

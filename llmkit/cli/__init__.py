@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from llmkit.cli import chat, check, doctor, download, env, models, prompts, server
+    from llmkit.cli import chat, check, doctor, download, env, models, prompts, server, tool_keys
 
     parser = _Parser(
         "llmkit",
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--json", action="store_true", help="print JSON and nothing else; errors too, to stderr")
     served = argparse.ArgumentParser(add_help=False, parents=[shared])
     served.add_argument("--url", help="address of the server, also as copied from the browser with its token")
-    for group in (server, models, prompts, chat, env):
+    for group in (server, models, prompts, chat, tool_keys, env):
         group.add(commands, served)
     for group in (download, check):
         group.add(commands, shared)

@@ -17,8 +17,9 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
         "check",
         parents=[shared],
         help="find API keys in notebooks",
-        description="Looks for API keys in sources, outputs, metadata and widget state: well-known beginnings, Bearer "
-        "tokens, and the values of this environment's variables *_API_KEY and *_TOKEN. A key is never printed. "
+        description="Looks for API keys in sources, outputs, metadata and widget state: well-known beginnings, what "
+        "follows Bearer, token, ?token= or the name of a key, and the values of this environment's variables *_KEY, "
+        "*_TOKEN, *_SECRET and *_PASSWORD. A key is never printed. "
         "Exit status: 0 none, 1 keys were found, 2 a file cannot be read and no key was found.",
     )
     command.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK", help="a notebook, or a folder of them")
@@ -32,7 +33,10 @@ def check(arguments: argparse.Namespace) -> int:
     secrets = secrets_of(os.environ)
     findings, unreadable, checked = [], [], 0
     for given in arguments.notebooks:
-        for file in sorted(given.rglob("*.ipynb")) if given.is_dir() else [given]:
+        files = sorted(given.rglob("*.ipynb")) if given.is_dir() else [given]
+        if not files:
+            unreadable.append({"file": str(given), "reason": "it has no notebooks"})
+        for file in files:
             try:
                 findings += check_notebook(file, secrets)
                 checked += 1

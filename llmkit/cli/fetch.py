@@ -4,7 +4,8 @@ The hub's library begins a file anew when the process that was downloading it ha
 they are brought here piece by piece to a file that stays, checked, and put where the library looks for them; the
 library does the rest. That is one process, which can be ended at any moment.
 
-Standard input: a JSON array of name, revision and names of files. Standard output: the folder of the model.
+Standard input: a line with a JSON array of name, revision and names of files; when it ends, whoever wanted them is
+gone, and so is this process. Standard output: the folder of the model.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import json
 import os
 import re
 import sys
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeVar
 
 import httpx
 
@@ -31,19 +35,53 @@ LEAST_BYTES: Final = 8 << 20
 FILES_AT_ONCE: Final = 4
 SILENCE_SECONDS: Final = 30.0
 TRIES: Final = 5
+"""So often in a row is a step tried that brings nothing."""
 _PIECE: Final = 1 << 20
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_T = TypeVar("_T")
 
 
 def main() -> None:
     """Bring what standard input names, and print where it lies."""
     from huggingface_hub import constants, snapshot_download
 
-    name, revision, files = json.load(sys.stdin)
+    name, revision, files = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         list(pool.map(lambda file: _bring(name, revision, file, blobs), files))
-    print(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in files]))
+    patterns = [glob.escape(file) for file in files]
+    print(_persist(lambda: snapshot_download(name, revision=revision, allow_patterns=patterns)), flush=True)
+
+
+def _end_with_parent() -> None:
+    # The pipe ends with the process that holds its other side, however that one is ended.
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _persist(step: Callable[[], _T], progress: Callable[[], int] = lambda: 0) -> _T:
+    """Do something again after a failure that may pass, so long as there is progress, else some times."""
+    left, before = TRIES, progress()
+    while True:
+        try:
+            return step()
+        except Exception as error:  # the library may bring another httpx than ours
+            here = progress()
+            left, before = (TRIES if here > before else left) - 1, here
+            if not left or not _may_pass(error):
+                raise
+            time.sleep(TRIES - left)
+
+
+def _may_pass(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None:
+        return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in (
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    )
 
 
 def _bring(name: str, revision: str, file: str, blobs: Path) -> None:
@@ -51,7 +89,7 @@ def _bring(name: str, revision: str, file: str, blobs: Path) -> None:
     from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url
 
     url = hf_hub_url(name, file, revision=revision)
-    metadata = get_hf_file_metadata(url)
+    metadata = _persist(lambda: get_hf_file_metadata(url))
     if not metadata.etag or not metadata.size or metadata.size < LEAST_BYTES:
         return
     blob = blobs / metadata.etag
@@ -64,16 +102,10 @@ def _bring(name: str, revision: str, file: str, blobs: Path) -> None:
     with partial.open("ab") as out:
         if not _lock(out):
             return  # somebody else brings it; the library has a file of its own
-        for left in reversed(range(TRIES)):
-            try:
-                _go_on(url, headers, out, metadata.size)
-                break
-            except httpx.TransportError:
-                if not left:
-                    raise
-                time.sleep(TRIES - left)
+        size = metadata.size
+        _persist(lambda: _go_on(url, headers, out, size), lambda: partial.stat().st_size)
         out.flush()
-        if not _is_whole(partial, metadata.etag, metadata.size):
+        if not _is_whole(partial, metadata.etag, size):
             partial.unlink()
             raise ValueError(f"{file} came with another content than the hub said; it was removed.")
         partial.replace(blob)

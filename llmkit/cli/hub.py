@@ -18,7 +18,15 @@ from typing import IO, Any, Final
 from llmkit.cli.fetch import PARTIAL
 from llmkit.cli.output import note
 from llmkit.client.results import describe_bytes
-from llmkit.errors import DiskFull, LLMKitError, ModelGated, ModelNameNotFound, NotReady, UpstreamUnreachable
+from llmkit.errors import (
+    DiskFull,
+    LLMKitError,
+    ModelGated,
+    ModelNameNotFound,
+    NotReady,
+    NotSupported,
+    UpstreamUnreachable,
+)
 
 ASK_SECONDS: Final = 10.0
 MARGIN_BYTES: Final = 64 << 20
@@ -101,11 +109,14 @@ def make_plan(
             hint="Is this machine offline? HF_ENDPOINT names another hub, HTTPS_PROXY a proxy.",
         ) from None
     files = list(info.siblings or ()) if everything else wanted(info.siblings or ())
+    if not everything and not any(file.rfilename.endswith(_WEIGHTS) for file in files):
+        raise NotSupported(
+            f"`{name}` has no weights that vLLM loads from a repository: {', '.join(_WEIGHTS)}.",
+            hint="--all downloads every file of it, as those of other formats.",
+        )
     repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / str(info.sha)
-    missing = sum(file.size or 0 for file in files if not (snapshot / file.rfilename).exists())
-    # What an interrupted download has left is gone on with.
-    missing = max(0, missing - sum(_size(file) for file in (repository / "blobs").glob(f"*{PARTIAL}")))
+    missing = sum(_missing(file, repository / "blobs") for file in files if not (snapshot / file.rfilename).exists())
     room = free_bytes or (lambda path: shutil.disk_usage(path).free)
     free = room(next(path for path in (repository, *repository.parents) if path.exists()))
     if missing and free < missing + MARGIN_BYTES:
@@ -115,6 +126,14 @@ def make_plan(
             details={"needed_bytes": missing, "free_bytes": free},
         )
     return Plan(name, revision or constants.DEFAULT_REVISION, [file.rfilename for file in files], missing, repository)
+
+
+def _missing(file: Any, blobs: Path) -> int:
+    """Give how many bytes of a file are not here: another revision may have it, or an interrupted download a part."""
+    blob = file.lfs.sha256 if file.lfs else file.blob_id
+    if blob and (blobs / blob).exists():
+        return 0
+    return max(0, (file.size or 0) - _size(blobs / f"{blob}{PARTIAL}"))
 
 
 def wanted(files: Iterable[Any]) -> list[Any]:
@@ -161,6 +180,9 @@ def fetch(plan: Plan, *, quiet: bool) -> str:
         finally:
             process.kill()
             process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                if process.stdin is not None:
+                    process.stdin.close()
         if process.returncode == 0:
             said.seek(0)
             return said.read().strip()
@@ -180,8 +202,9 @@ def _gated(name: str) -> ModelGated:
 def _give(stdin: IO[str] | None, value: Any) -> None:
     with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
         if stdin is not None:
-            json.dump(value, stdin)
-            stdin.close()
+            # It stays open: when it ends, whatever has ended this process, the other one ends, too.
+            stdin.write(f"{json.dumps(value)}\n")
+            stdin.flush()
 
 
 def _failure(plan: Plan, words: str) -> LLMKitError:

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 LEAST_VALUE: Final = 8
 """A shorter value of a variable would be found in words that are none."""
@@ -15,25 +17,58 @@ LEAST_KINDS: Final = 8
 """A key has at least so many different characters; ``sk-xxxxxxxx`` is an example, no key."""
 
 # Before a key stands nothing that would belong to it, so that it is no piece of a longer text, as of an image; a line
-# end in the printed form of a text ends with a letter.
-_BEFORE: Final = r"(?:(?<![A-Za-z0-9_+/\-])|(?<=\\[nrt]))"
+# end in the printed form of a text ends with a letter, and so may a character in an address, as %3D.
+_BEFORE: Final = r"(?:(?<![A-Za-z0-9_+/\-])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))"
+# In a path or behind a name a key is one if it has figures; no image is written with the mark within its beginning.
+_WITHIN: Final = r"(?<=[_/])"
 _KINDS: Final = {
+    "llmkit key": ("llmkit-", r"[A-Za-z0-9]{43}(?![A-Za-z0-9])"),
     "Anthropic key": ("sk-ant-", r"[A-Za-z0-9_\-]{16,}"),
     "OpenAI key": ("sk-", r"[A-Za-z0-9_\-]{16,}"),
     "Hugging Face token": ("hf_", r"[A-Za-z0-9]{20,}"),
     "Google key": ("AIza", r"[A-Za-z0-9_\-]{30,}"),
+    "Google key of a service account": ("AQ.Ab", r"[A-Za-z0-9_\-]{30,}"),
     "GitHub token": ("ghp_", r"[A-Za-z0-9]{20,}"),
+    "GitHub token of an app's user": ("gho_", r"[A-Za-z0-9]{20,}"),
+    "GitHub token for an app's user": ("ghu_", r"[A-Za-z0-9]{20,}"),
+    "GitHub token of an app": ("ghs_", r"[A-Za-z0-9]{20,}"),
+    "GitHub fine-grained token": ("github_pat_", r"[A-Za-z0-9_]{22,}"),
     "Groq key": ("gsk_", r"[A-Za-z0-9]{20,}"),
     "xAI key": ("xai-", r"[A-Za-z0-9]{20,}"),
+    "Replicate token": ("r8_", r"[A-Za-z0-9]{37}(?![A-Za-z0-9])"),
+    "NVIDIA key": ("nvapi-", r"[A-Za-z0-9_\-]{32,}"),
+    "Perplexity key": ("pplx-", r"[A-Za-z0-9]{32,}"),
+    "Fireworks key": ("fw_", r"[A-Za-z0-9]{22,}(?![A-Za-z0-9_])"),
+    "Together key": ("tgp_v1_", r"[A-Za-z0-9_\-]{30,}"),
+    "AWS key": ("AKIA", r"[A-Z0-9]{16}(?![A-Za-z0-9+/])"),
+    "Slack token": ("xoxb-", r"[A-Za-z0-9\-]{20,}"),
+    "Slack token of a user": ("xoxp-", r"[A-Za-z0-9\-]{20,}"),
 }
+"""How keys begin, and how they go on."""
 _PATTERNS: Final = {
-    name: (prefix, re.compile(_BEFORE + re.escape(prefix) + f"(?P<rest>{rest})"))
+    name: (prefix, re.compile(f"(?:{_BEFORE}|(?P<within>{_WITHIN}))" + re.escape(prefix) + f"(?P<rest>{rest})"))
     for name, (prefix, rest) in _KINDS.items()
 }
-_LIKE_WORDS: Final = frozenset({"OpenAI key"})
+_LIKE_WORDS: Final = frozenset({"OpenAI key", "Fireworks key"})
 """Names of styles and files begin so, too: ``sk-toggleable__label-arrow``. They have no figures."""
-_BEARER: Final = re.compile(r"\bBearer\s+(?P<rest>[A-Za-z0-9._~+/\-]{16,}=*)", re.IGNORECASE)
+_NAMED: Final = {
+    "Bearer token": ("bearer", r"\bBearer\s{1,9}(?P<rest>[A-Za-z0-9._~+/\-]{16,}=*)"),
+    # The hash of a commit or a file has not this word before it.
+    "Jupyter token": ("token", r"(?:\btoken\s{1,9}|[?&]token=)(?P<rest>[0-9a-f]{32,}(?![A-Za-z0-9]))"),
+    "token in an address": ("token=", r"[?&](?:access_)?token=(?P<rest>[A-Za-z0-9._~\-]{20,})"),
+    "value of an API key": (
+        "key",
+        r"api[_-]?key[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?P<rest>[A-Za-z0-9_\-]{20,}(?![A-Za-z0-9_\-.(\[]))",
+    ),
+    "value of a variable": (
+        "_",
+        r"(?-i:_(?:ACCESS_KEY|SECRET_KEY|SECRET|TOKEN))[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?P<rest>[A-Za-z0-9_\-]{20,}(?![A-Za-z0-9_\-.(\[]))",
+    ),
+}
+"""What stands before a key that has no beginning of its own: a word that must be there, in small letters, and how."""
+_NAMED_PATTERNS: Final = {name: (word, re.compile(p, re.IGNORECASE)) for name, (word, p) in _NAMED.items()}
 _ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
+_SECRET_NAMES: Final = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
 
 
 @dataclass(frozen=True)
@@ -77,7 +112,7 @@ class Unreadable(Exception):
 
 
 def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """Give the values that may stand in no notebook, with the names of their variables.
+    """Give the values that may stand in no notebook, with the names of their variables; a path is none.
 
     Examples
     --------
@@ -88,7 +123,7 @@ def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         value: name
         for name, value in named
-        if name.upper().endswith(("_API_KEY", "_TOKEN")) and len(value) >= LEAST_VALUE
+        if name.upper().endswith(_SECRET_NAMES) and len(value) >= LEAST_VALUE and not value.startswith("/")
     }
 
 
@@ -135,19 +170,33 @@ def _keys_in(text: str, secrets: Mapping[str, str]) -> Iterator[tuple[int, str, 
         return True
 
     for value, name in secrets.items():
-        start = text.find(value)
-        while start >= 0:
-            if new(start, start + len(value)):
-                yield _line(text, start), f"value of {name}", _mask("", len(value))
-            start = text.find(value, start + len(value))
+        for form in _forms(value):
+            start = text.find(form)
+            while start >= 0:
+                if new(start, start + len(form)):
+                    yield _line(text, start), f"value of {name}", _mask("", len(value))
+                start = text.find(form, start + len(form))
     for kind, (prefix, pattern) in _PATTERNS.items():
-        for match in pattern.finditer(text):
-            made_up = kind in _LIKE_WORDS and not _has_figures(match["rest"])
-            if _is_varied(match["rest"]) and not made_up and new(*match.span()):
+        # What is nowhere is not looked for with the slower pattern: outputs have images of many MB.
+        for match in pattern.finditer(text) if prefix in text else ():
+            needs_figures = kind in _LIKE_WORDS or match["within"] is not None
+            if match["within"] is not None and prefix.isalpha():
+                continue  # which an image may hold
+            real = _is_varied(match["rest"]) and (not needs_figures or _has_figures(match["rest"]))
+            if real and new(*match.span()):
                 yield _line(text, match.start()), kind, _mask(prefix, len(match[0]))
-    for match in _BEARER.finditer(text):
-        if _is_varied(match["rest"]) and _has_figures(match["rest"]) and new(*match.span("rest")):
-            yield _line(text, match.start()), "Bearer token", _mask("Bearer ", len(match["rest"]))
+    small = text.lower()
+    for kind, (word, pattern) in _NAMED_PATTERNS.items():
+        for match in pattern.finditer(text) if word in small else ():
+            if _is_varied(match["rest"]) and _has_figures(match["rest"]) and new(*match.span("rest")):
+                before = "Bearer " if word == "bearer" else ""
+                yield _line(text, match.start()), kind, _mask(before, len(match["rest"]))
+
+
+def _forms(value: str) -> list[str]:
+    """Give how a value may be written: as it is, as Python and JSON print it, in HTML and in an address."""
+    written = (value, repr(value)[1:-1], json.dumps(value)[1:-1], escape(value), quote(value, safe=""))
+    return list(dict.fromkeys(written))
 
 
 def _is_varied(rest: str) -> bool:

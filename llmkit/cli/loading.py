@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmkit.cli.output import note, printable
-from llmkit.client.loading import PHASES, load_error
+from llmkit.client.loading import PHASES, follow
 from llmkit.client.results import describe_download
-from llmkit.errors import ConnectError, LoadCancelled, TimedOut
 
 if TYPE_CHECKING:
     from llmkit.client import Client
     from llmkit.client.results import Model
-
-PAUSE_SECONDS = 0.2
-PATIENCE_SECONDS = 15.0
-"""A server that does not answer for so long is given up."""
 
 
 def watch(client: Client, model_id: str, *, quiet: bool) -> Model:
@@ -39,26 +33,8 @@ def watch(client: Client, model_id: str, *, quiet: bool) -> Model:
     LLMKitError
         Why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
     """
-    silent_since = 0.0
     with _shown(model_id, quiet=quiet) as show:
-        while True:
-            try:
-                model = client.model(model_id)
-            except (ConnectError, TimedOut):
-                # The load goes on without us; a short break of the line is no reason to give up.
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since > PATIENCE_SECONDS:
-                    raise
-            else:
-                silent_since = 0.0
-                show(model)
-                if model.status == "loaded":
-                    return model
-                if model.status == "failed":
-                    raise load_error(model)
-                if model.status == "unloaded":
-                    raise LoadCancelled(f"The load of `{model_id}` was cancelled.", hint="Somebody unloaded it.")
-            time.sleep(PAUSE_SECONDS)
+        return follow(client, model_id, show)
 
 
 @contextmanager

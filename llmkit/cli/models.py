@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.cli.output import note, print_json
-from llmkit.cli.values import KEY, assignment_without_key, truth
+from llmkit.cli.values import assignment_without_key, finite, truth
+from llmkit.errors import ModelIsLoaded
+
+if TYPE_CHECKING:
+    from llmkit.client import Client, Configuration, Model
 
 OPTIONAL = ("description", "auto_load", "idle_ttl", "restart", "max_in_flight", "max_queued", "fallback")
 
@@ -29,7 +33,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.set_defaults(run=load)
     command = commands.add_parser("unload", parents=[shared], help="unload a model, or cancel its load")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--drain", type=float, default=0.0, metavar="S", help="seconds for running requests (0)")
+    command.add_argument("--drain", type=finite, default=0.0, metavar="S", help="seconds for running requests (0)")
     command.set_defaults(run=unload)
     command = commands.add_parser("delete", parents=[shared], help="delete a configuration and its key")
     command.add_argument("model", metavar="MODEL")
@@ -63,13 +67,19 @@ def _add_configure(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--auto-load", type=truth, nargs="?", const=True, metavar="true|false", help="at the first request"
     )
-    command.add_argument("--idle-ttl", type=float, metavar="S", help="unload after so many seconds without a request")
+    command.add_argument("--idle-ttl", type=finite, metavar="S", help="unload after so many seconds without a request")
     command.add_argument("--restart", choices=("never", "on_failure"), help="when the engine of the loaded model fails")
     command.add_argument("--max-in-flight", type=int, metavar="N", help="requests running at once")
     command.add_argument("--max-queued", type=int, metavar="N", help="requests waiting at most")
     command.add_argument("--fallback", metavar="MODEL_ID", help="the model that answers when this one fails")
     command.add_argument(
         "--replace", action="store_true", help="take the place of another configuration of this name; its key stays"
+    )
+    command.add_argument(
+        "--reload",
+        action="store_true",
+        help="as --replace, and where the engine has to start anew for it, unload a live model and load it again; "
+        "that ends its running requests",
     )
     command.set_defaults(run=configure)
 
@@ -80,37 +90,66 @@ def configure(arguments: argparse.Namespace) -> int:
     Raises
     ------
     LLMKitError
-        If a field is wrong, or the name is taken.
+        If a field is wrong, the name is taken, or the model is live and would have to be loaded again; why it could
+        not be, with ``--reload``.
     """
     from llmkit.client import connect, keys
 
     kwargs = dict(arguments.set)
     if arguments.key_from_env:
-        kwargs[KEY] = f"env:{arguments.key_from_env}"
+        kwargs = keys.with_key(kwargs, f"env:{arguments.key_from_env}")
     elif arguments.ask_key:
-        kwargs[KEY] = keys.clean_key(keys.ask_key(arguments.model))
+        kwargs = keys.with_key(kwargs, keys.clean_key(keys.ask_key(arguments.model)))
     optional = {name: value for name in OPTIONAL if (value := getattr(arguments, name)) is not None}
     with connect(arguments.url) as client:
-        known = {one.model_id: one for one in client.configurations()} if arguments.replace else {}
+        known = {one.model_id: one for one in client.configurations()} if arguments.replace or arguments.reload else {}
         stored = known.get(arguments.model)
         if stored is None:
             made = client.configure(arguments.model, arguments.model_name, arguments.model_type, kwargs, **optional)
+            model = None
         else:
-            if KEY in stored.model_kwargs:
-                kwargs.setdefault(KEY, stored.model_kwargs[KEY])
-            made = client.update(
-                arguments.model,
-                reload=True,
-                model_name=arguments.model_name,
-                model_type=arguments.model_type,
-                model_kwargs=kwargs,
-                **{name: optional.get(name) for name in OPTIONAL},
-            )
+            made, model = _replace(client, arguments, stored, kwargs, optional)
     if arguments.json:
         print_json(made.to_wire())
+    elif model is not None and model.status == "loaded":
+        print(f"{made.model_id} is configured, and loaded.")
     else:
         print(f"{made.model_id} is configured: `llmkit load {made.model_id}` loads it.")
     return 0
+
+
+def _replace(
+    client: Client,
+    arguments: argparse.Namespace,
+    stored: Configuration,
+    kwargs: dict[str, Any],
+    optional: dict[str, Any],
+) -> tuple[Configuration, Model]:
+    """Put a configuration in the place of another, and give it with its model, which is loaded again if it was."""
+    from llmkit.cli.loading import watch
+    from llmkit.client import keys
+
+    key = keys.key_of(stored.model_kwargs)
+    if key is not None and keys.key_of(kwargs) is None:
+        kwargs = keys.with_key(kwargs, key)
+    try:
+        made = client.update(
+            stored.model_id,
+            reload=arguments.reload,
+            model_name=arguments.model_name,
+            model_type=arguments.model_type,
+            model_kwargs=kwargs,
+            **{name: optional.get(name) for name in OPTIONAL},
+        )
+    except ModelIsLoaded as error:
+        error.hint = (
+            f"`llmkit unload {stored.model_id}` first, or the same with --reload, which ends its running requests."
+        )
+        raise
+    model = client.model(stored.model_id)
+    if arguments.reload and model.status in ("loading", "failed"):
+        model = watch(client, stored.model_id, quiet=arguments.json)
+    return made, model
 
 
 def load(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from llmkit.cli.output import print_json, write
-from llmkit.cli.values import assignment
+from llmkit.cli.values import assignment_without_key, finite
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -30,12 +30,12 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
 def add_generation(command: argparse.ArgumentParser) -> None:
     """Add what decides how a model answers."""
     command.add_argument("--system", metavar="TEXT", help="the system prompt")
-    command.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    command.add_argument("--temperature", type=finite, metavar="T", help="0 takes the likeliest token")
     command.add_argument("--max-tokens", type=int, metavar="N", help="tokens of the answer at most")
     command.add_argument(
         "--set",
         action="append",
-        type=assignment,
+        type=assignment_without_key,
         default=[],
         metavar="KEY=VALUE",
         help="another parameter, for example seed=1; the value is JSON, else a text",
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llmkit.client import connect
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt.encode()  # bytes that are no text are wrong usage, and `main` says so
     given = generation_of(arguments)
     with connect(arguments.url) as client:
         if arguments.no_stream:

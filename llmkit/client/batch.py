@@ -1,18 +1,20 @@
-"""A prompt over every row of a table: `Client.map` and `Client.compare`."""
+"""A prompt over every row of a table: what is asked, how far it is, and the table that comes of it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from llmkit.client.batch_asking import Asking, Plan
-from llmkit.client.batch_checkpoint import Checkpoint, Row, as_json
+from llmkit.client.batch_asking import Asking
+from llmkit.client.batch_checkpoint import Row, as_json
 from llmkit.client.batch_schema import AnswerSchema
-from llmkit.client.batch_server import BatchServer
 from llmkit.client.batch_template import Rows, Template
+from llmkit.client.results import Configuration
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotLoaded
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
     from llmkit.client.client import Client
 
-PATIENCE_SECONDS: Final = 3600.0
 COLUMNS: Final = {
     "response": "string",
     "error": "string",
@@ -28,80 +29,47 @@ COLUMNS: Final = {
     "prompt_tokens": "Int64",
     "completion_tokens": "Int64",
     "seconds": "Float64",
+    "answered_by": "string",
 }
 """The columns of every result and their types."""
+_FIELDS: Final = {"answered_by": "model_id"}
+"""What a column is called in a row of the checkpoint, if not the same."""
 _OURS: Final = ("stream", "messages", "request_id", "n", "prompt", "model_id")
 _LOOK_SECONDS: Final = 0.2
 
 
-def map_rows(client: Client, data: Any, template: str, **arguments: Any) -> pd.DataFrame:
-    """Do what `Client.map` says; it documents the arguments."""
-    return _map(client, data, template, **arguments)[1]
+@dataclass(frozen=True)
+class Seen:
+    """A model as it was when the work began.
 
+    Attributes
+    ----------
+    epoch
+        Of the server; it changes when the server is started anew.
+    status
+        Of the model.
+    """
 
-def compare_models(client: Client, models: Sequence[str], data: Any, template: str, **arguments: Any) -> pd.DataFrame:
-    """Do what `Client.compare` says."""
-    if isinstance(models, str) or not models:
-        raise DoesNotFit("`models` is a list of model ids.", hint='client.compare(["one", "two"], df, "...").')
-    frames = []
-    for model in models:
-        batch, answers = _map(client, data, template, model=model, **arguments)
-        columns: dict[str, Any] = {"row": list(answers.index), "model_id": [model] * len(answers)}
-        columns |= {name: answers[name].array for name in batch.added}
-        columns["answered_by"] = batch.answered_by
-        columns["configuration_hash"] = [batch.configuration.hash] * len(answers)
-        frames.append(_pandas().DataFrame(columns))
-    return _pandas().concat(frames, ignore_index=True)
+    configuration: Configuration
+    epoch: str
+    status: str
 
+    @classmethod
+    def look(cls, client: Client, model_id: str) -> Self:
+        """Look at a model now.
 
-def _map(
-    client: Client,
-    data: Any,
-    template: str,
-    *,
-    model: str,
-    system: str | None = None,
-    schema: Any = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    concurrency: int = 8,
-    retries: int = 3,
-    retry_errors: bool = False,
-    missing: Literal["error", "skip"] = "error",
-    on_engine_lost: Literal["wait", "fail"] = "wait",
-    patience: float = PATIENCE_SECONDS,
-    progress: bool = True,
-    priority: Literal["batch", "interactive"] = "batch",
-    reconnect: Callable[[], Client] | None = None,
-    **inference_kwargs: Any,
-) -> tuple[Batch, pd.DataFrame]:
-    for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0), ("patience", patience, 0)):
-        if value < least:
-            raise DoesNotFit(f"`{name}` is {value}; it is at least {least}.", param=name)
-    if on_engine_lost not in ("wait", "fail") or priority not in ("batch", "interactive"):
-        raise DoesNotFit('`on_engine_lost` is "wait" or "fail", `priority` "batch" or "interactive".')
-    batch = Batch(client, data, template, model, system, schema, inference_kwargs, missing=missing)
-    if not batch.places:
-        return batch, batch.result({})
-    with Checkpoint(Path(checkpoint) if checkpoint is not None else batch.default_checkpoint()) as opened:
-        known = opened.read(batch.places)
-        if retry_errors:
-            known = {identity: row for identity, row in known.items() if row.error is None}
-        left = [identity for identity in batch.places if identity not in known]
-        if left:
-            plan = Plan(
-                batch.prompts(left),
-                model,
-                batch.inference_kwargs,
-                min(concurrency, len(left)),
-                retries,
-                priority,
-                on_engine_lost,
-                patience,
-                batch.check,
-            )
-            server = BatchServer(client, batch.configuration, batch.look(), reconnect or _discover)
-            _follow(Asking(plan, server, opened, known), batch, progress=progress)
-        return batch, batch.result(known)
+        Raises
+        ------
+        LLMKitError
+        """
+        epoch = client.health().epoch
+        model = client.model(model_id)
+        return cls(client.configuration(model.config_id), epoch, model.status)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the model answers, or is about to."""
+        return self.status in ("loaded", "loading") or bool(self.configuration.auto_load)
 
 
 class Batch:
@@ -109,18 +77,17 @@ class Batch:
 
     Attributes
     ----------
+    seen
+        The model.
     places
         For each prompt that is different, by its identity, the positions of its rows.
-    answered_by
-        Which model has answered each row of the result.
     """
 
     def __init__(
         self,
-        client: Client,
+        seen: Seen,
         data: Any,
         template: str,
-        model: str,
         system: str | None,
         schema: Any,
         inference_kwargs: Mapping[str, Any],
@@ -131,7 +98,7 @@ class Batch:
             raise DoesNotFit('`missing` is "error" or "skip".', param="missing")
         if wrong := next((name for name in _OURS if name in inference_kwargs), None):
             raise DoesNotFit(f"`{wrong}` cannot be given here: each row is one prompt.", param=wrong)
-        self._client, self._pandas = client, _pandas()
+        self.seen, self._pandas = seen, _pandas()
         self.table = _table(data, self._pandas)
         self._template = Template(template, list(self.table.columns))
         self._schema = None if schema is None else AnswerSchema(schema)
@@ -145,10 +112,7 @@ class Batch:
                 raise DoesNotFit("Give `schema` or `response_format`, not both.", param="schema")
             self.inference_kwargs["response_format"] = self._schema.response_format
         self._rows = Rows(self.table, self._template, missing=missing, pandas=self._pandas)
-        self._model = model
-        self.answered_by: list[str | None] = []
-        self.configuration = client.configuration(client.model(model).config_id)
-        what = [template, model, self.configuration.hash, self.inference_kwargs]
+        what = [template, seen.configuration.model_id, seen.configuration.hash, self.inference_kwargs]
         self._what = as_json(what).encode()
         self.places: dict[str, list[int]] = {}
         for position, prompt in self._rows:
@@ -178,31 +142,34 @@ class Batch:
         digest = hashlib.sha256(self._what).hexdigest()[:16]
         return Path(".llmkit") / f"map-{digest}.jsonl"
 
-    def prompts(self, identities: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Give identity and prompt, each made only when it is its turn."""
-        return ((identity, self._rows.prompt(self.places[identity][0])) for identity in identities)
+    def prompt(self, identity: str) -> str:
+        """Make a prompt."""
+        return self._rows.prompt(self.places[identity][0])
+
+    def is_known(self, row: Row, *, retry_errors: bool) -> bool:
+        """Say whether a row of the checkpoint needs not be asked again.
+
+        What another model has answered, because this one failed, is no answer of this one.
+        """
+        if row.model_id not in (None, self.seen.configuration.model_id):
+            return False
+        return row.error is None or not retry_errors
 
     def check(self, text: str, finish_reason: str | None) -> str | None:
         """Say what is wrong with an answer, or None."""
         wrong = self._schema.check(text, finish_reason) if self._schema else None
         return f"The answer {wrong}" if wrong else None
 
-    def look(self) -> str:
-        """Give the epoch of the server, if the model is there or about to be.
-
-        Raises
-        ------
-        ModelNotLoaded
-            If it has to be loaded first.
-        """
-        status = self._client.model(self._model).status
-        if status not in ("loaded", "loading") and not self.configuration.auto_load:
+    def require_model(self) -> None:
+        """Raise `ModelNotLoaded` if the model has to be loaded first."""
+        seen = self.seen
+        if not seen.is_there:
+            model_id = seen.configuration.model_id
             raise ModelNotLoaded(
-                f"`{self._model}` is {'not loaded' if status == 'unloaded' else status}.",
-                hint=f"client.load({self._model!r}) loads it.",
+                f"`{model_id}` is {'not loaded' if seen.status == 'unloaded' else seen.status}.",
+                hint=f"client.load({model_id!r}) loads it.",
                 param="model",
             )
-        return self._client.health().epoch
 
     def count(self, rows: Iterable[Row]) -> tuple[int, int]:
         """Give of how many rows of the table these are the answers, and how many of them failed."""
@@ -225,9 +192,8 @@ class Batch:
             for position in positions:
                 at[position] = rows.get(identity)
         index, new = self.table.index, {}
-        self.answered_by = [None if row is None else row.model_id for row in at]
         for name, dtype in COLUMNS.items():
-            cells = [None if row is None else getattr(row, name) for row in at]
+            cells = [None if row is None else getattr(row, _FIELDS.get(name, name)) for row in at]
             if name == "error":
                 for position, reason in self._rows.skipped.items():
                     cells[position] = reason
@@ -240,7 +206,7 @@ class Batch:
         return self._pandas.concat([self.table, self._pandas.DataFrame(plain, index=index)], axis=1)
 
 
-def _follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
+def follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
     """Ask, show how far it is, and leave nothing running.
 
     Raises
@@ -255,7 +221,7 @@ def _follow(asking: Asking, batch: Batch, *, progress: bool) -> None:
                 bar.show()
     except KeyboardInterrupt:
         asking.stop()
-        raise KeyboardInterrupt(f"Stopped. {_how_to_go_on(asking, batch)}") from None
+        raise Stopped(f"Stopped. {_how_to_go_on(asking, batch)}") from None
     except BaseException:
         asking.stop()
         raise
@@ -283,17 +249,29 @@ class _Bar:
 
     def __enter__(self) -> Self:
         if self._visible:
-            from tqdm.auto import tqdm  # slow to import
-
-            finished, self._failed = self._batch.count(self._asking.done.values())
-            self._bar = tqdm(
-                total=len(self._batch.table),
-                initial=finished + self._batch.skipped,  # so that the rate is that of this call
-                desc=self._asking.plan.model_id,
-                unit="row",
-                dynamic_ncols=True,
-            )
+            with self._or_none():
+                self._bar = self._make()
         return self
+
+    def _make(self) -> Any:
+        from tqdm.auto import tqdm  # slow to import
+
+        finished, self._failed = self._batch.count(self._asking.done.values())
+        return tqdm(
+            total=len(self._batch.table),
+            initial=finished + self._batch.skipped,  # so that the rate is that of this call
+            desc=self._asking.plan.model_id,
+            unit="row",
+            dynamic_ncols=True,
+        )
+
+    @contextlib.contextmanager
+    def _or_none(self) -> Iterator[None]:
+        """Go on without a bar where it cannot be shown, as in a terminal that was closed: the work is worth more."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001  # of whatever shows it
+            self._bar = None
 
     def show(self) -> None:
         """Show how far it is."""
@@ -302,20 +280,16 @@ class _Bar:
         finished, failed = self._batch.count(self._asking.take_news())
         self._failed += failed
         told = [f"{self._failed} failed"] if self._failed else []
-        self._bar.set_postfix_str(", ".join([*told, *filter(None, [self._asking.note])]), refresh=False)
-        if not self._bar.update(finished):
-            self._bar.refresh()  # the time goes on, and what it waits for
+        with self._or_none():
+            self._bar.set_postfix_str(", ".join([*told, *filter(None, [self._asking.note])]), refresh=False)
+            if not self._bar.update(finished):
+                self._bar.refresh()  # the time goes on, and what it waits for
 
     def __exit__(self, *_: object) -> None:
+        self.show()
         if self._bar is not None:
-            self.show()
-            self._bar.close()
-
-
-def _discover() -> Client:
-    from llmkit.client.discovery import connect
-
-    return connect()
+            with self._or_none():
+                self._bar.close()
 
 
 def _pandas() -> Any:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +40,6 @@ class Row(BaseModel):
         Which model answered: another one, if that which was asked failed and has a fallback.
     seconds
         That the server took for it.
-    void
-        What was written before about this prompt does not count.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -53,7 +52,6 @@ class Row(BaseModel):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     seconds: float | None = None
-    void: bool = False
 
 
 class Checkpoint:
@@ -73,6 +71,8 @@ class Checkpoint:
         self.path = path
         self._file = -1
         self._end = 0
+        self._mutex = threading.Lock()
+        self._writing = self._closed = False
 
     def __enter__(self) -> Self:
         try:
@@ -82,7 +82,7 @@ class Checkpoint:
         except OSError as error:
             raise self._explain(error) from error
         try:
-            if not _lock(self._file):
+            if not self._lock():
                 raise WrongState(
                     f"Another batch writes to {self.path} now.",
                     hint="Wait for its end or stop it, or give this one another file: checkpoint='...'.",
@@ -96,7 +96,19 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)  # gives the lock back, too
+        with self._mutex:
+            self._closed = True
+            if not self._writing:
+                os.close(self._file)  # gives the lock back, too
+
+    def _lock(self) -> bool:
+        try:
+            return _lock(self._file)
+        except OSError as error:
+            raise LLMKitError(
+                f"The checkpoint {self.path} cannot be locked: {error.strerror or error}.",
+                hint="Name a file on another disk, which has locks: checkpoint='/path/of/batch.jsonl'.",
+            ) from error
 
     def _open(self) -> None:
         """Find the end of the last whole line; what follows is of a process that was killed while it wrote."""
@@ -139,7 +151,7 @@ class Checkpoint:
                     row = Row.model_validate_json(line)
                     if row.id in wanted:
                         known[row.id] = row
-        return {identity: row for identity, row in known.items() if not row.void}
+        return known
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows; when it returns, they are on the disk.
@@ -148,13 +160,26 @@ class Checkpoint:
         ------
         DiskFull
             If there is no room; what was there before is kept.
+        WrongState
+            If the file was closed meanwhile.
         """
+        # A disk can be so slow that the batch is left while it writes. The file is not closed under it then: the number
+        # would soon be that of another file, into which the rest would go.
+        with self._mutex:
+            if self._closed:
+                raise WrongState(f"The checkpoint {self.path} is closed.")
+            self._writing = True
         try:
             self._write(b"".join(row.model_dump_json(exclude_defaults=True).encode() + b"\n" for row in rows))
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
             raise self._explain(error) from error
+        finally:
+            with self._mutex:
+                self._writing = False
+                if self._closed:
+                    os.close(self._file)
 
     def _write(self, data: bytes) -> None:
         os.lseek(self._file, self._end, os.SEEK_SET)
@@ -174,6 +199,26 @@ class Checkpoint:
             f"The checkpoint {self.path} cannot be written: {error.strerror or error}.",
             hint="Name a file in a folder where you may write: checkpoint='/path/of/batch.jsonl'.",
         )
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder for checkpoints that nobody else reads, and that git takes for nothing of the project.
+
+    Raises
+    ------
+    LLMKitError
+        If it cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700)
+        (folder / ".gitignore").write_text("*\n")
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise LLMKitError(
+            f"The folder {folder.absolute()} cannot be made: {error.strerror or error}.",
+            hint="Name a file in a folder where you may write: checkpoint='/path/of/batch.jsonl'.",
+        ) from error
 
 
 if sys.platform == "win32":  # pragma: no cover

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from llmkit.errors import DoesNotFit
@@ -51,6 +51,7 @@ class AnswerSchema:
             kind.check_schema(self.schema)
         except jsonschema.SchemaError as error:
             raise DoesNotFit(f"`schema` is no JSON schema: {error.message}.", param="schema") from None
+        _check_references(self.schema)
         self._validator = kind(self.schema)
         properties: Any = self.schema.get("properties")
         self._is_object = isinstance(properties, Mapping) and bool(properties)
@@ -66,10 +67,15 @@ class AnswerSchema:
         """Say what is wrong with an answer, or None."""
         try:
             value = json.loads(text)
+        except RecursionError:
+            return "is no JSON that can be read: it is nested too deeply"
         except ValueError as error:
             cut = "; it was cut off, a larger max_tokens may help" if finish_reason == "length" else ""
             return f"is no JSON: {error}{cut}"
-        wrong = next(iter(self._validator.iter_errors(value)), None)
+        try:
+            wrong = next(iter(self._validator.iter_errors(value)), None)
+        except Exception as error:  # noqa: BLE001  # whatever an answer does to the validator: it is that of one row
+            return f"cannot be compared with the schema: {type(error).__name__}"
         if wrong is None:
             return None
         place = ".".join(map(str, wrong.absolute_path))
@@ -86,6 +92,35 @@ class AnswerSchema:
                 cells = values
             columns[name] = _series(cells, dtype, index, pandas)
         return columns
+
+
+def _check_references(schema: Mapping[str, Any]) -> None:
+    """Raise `DoesNotFit` where the schema refers to something that it does not hold: each answer would fail on it."""
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
+
+    resolver = EMPTY_REGISTRY.resolver_with_root(DRAFT202012.create_resource(schema))
+    for reference in _references(schema):
+        try:
+            resolver.lookup(reference)
+        except Unresolvable:
+            raise DoesNotFit(
+                f"`schema` refers to {reference!r}, which is not in it.",
+                hint='Parts that are referred to stand in "$defs" of the schema itself: {"$ref": "#/$defs/name"}.',
+                param="schema",
+            ) from None
+
+
+def _references(part: Any) -> Iterator[str]:
+    rest = [part]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, Mapping):
+            if isinstance(part.get("$ref"), str):
+                yield part["$ref"]
+            rest.extend(part.values())
+        elif isinstance(part, list):
+            rest.extend(part)
 
 
 def _dtype(part: Any) -> str:

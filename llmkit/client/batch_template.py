@@ -17,6 +17,7 @@ _TRICK: Final = re.compile(r"[.\[!:]")
 _PLAIN: Final = (str, bool, int, float, Decimal, date, time, timedelta, UUID)  # a datetime is a date
 _BRACES_HINT: Final = "A brace that is part of the text is written twice: {{ and }}."
 _NAMED_ROWS: Final = 5
+_SHORT: Final = ("float16", "float32")
 
 
 class Template:
@@ -106,6 +107,8 @@ def cell_text(value: Any, pandas: Any) -> str | None:
     TypeError
         If it is no single plain value, or a text that cannot be sent.
     """
+    if _is_short(value) and not pandas.isna(value):
+        return str(value)
     item = getattr(value, "item", None)
     if callable(item) and not isinstance(value, _PLAIN) and getattr(value, "ndim", None) == 0:
         value = item()  # a value of NumPy
@@ -123,7 +126,17 @@ def cell_text(value: Any, pandas: Any) -> str | None:
 
 def columns_of(data: Any, template: Template) -> dict[str, Sequence[Any]]:
     """Give the values of each column that a template needs."""
-    return {name: data[column].tolist() for name, column in template.columns.items()}
+    columns = {name: data[column] for name, column in template.columns.items()}
+    # As a list of Python's own numbers 0.1 of 32 bits would be 0.10000000149011612.
+    return {
+        name: list(values.array) if str(values.dtype).lower() in _SHORT else values.tolist()
+        for name, values in columns.items()
+    }
+
+
+def _is_short(value: Any) -> bool:
+    """Say whether it is a NumPy number with fewer digits than Python's."""
+    return str(getattr(value, "dtype", "")) in _SHORT and getattr(value, "ndim", None) == 0
 
 
 class Rows:
@@ -145,7 +158,7 @@ class Rows:
         self._columns = columns_of(data, template)
         self._count = len(data)
         self.skipped: dict[int, str] = {}
-        labels = data.index
+        labels = data.index.tolist()  # of Python's own types: one would read np.int64(7)
         for position in range(self._count):
             for name, values in self._columns.items():
                 try:

@@ -1,47 +1,38 @@
-"""The synchronous client: one method for each thing that the server does."""
+"""The synchronous client: one method for each thing that the server does.
+
+Its parts are in `configurations`, `models`, `tables`, `conversations` and `tool_keys`; here is what they share, and how
+a model is asked.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from llmkit.client import keys, transfer
+from llmkit.client.configurations import Configurations
 from llmkit.client.connection import Connection, path_to
 from llmkit.client.conversations import Conversations
-from llmkit.client.loading import follow
+from llmkit.client.models import Models
 from llmkit.client.provenance import KnownConfigurations, Prompt
-from llmkit.client.results import Answer, Configuration, Model, ModelList, ModelType, read_configuration
-from llmkit.client.streaming import AnswerStream, read_events
-from llmkit.client.transfer import ImportedList
+from llmkit.client.results import Answer
+from llmkit.client.streaming import AnswerStream
+from llmkit.client.tables import Tables
+from llmkit.client.tool_keys import ToolKeys
 from llmkit.errors import LLMKitError
-from llmkit.schemas import (
-    OPTIONAL_FIELDS,
-    Devices,
-    Health,
-    LoadPlan,
-    LogTail,
-    Memory,
-    RequestList,
-    Snapshot,
-)
+from llmkit.schemas import RequestList
 
 if TYPE_CHECKING:
-    import pandas as pd
     from openai import AsyncOpenAI, OpenAI
 
     from llmkit.client.async_client import AsyncClient
 
-UNLOAD_SECONDS = 60.0
 PERMISSIONS = frozenset({"read", "write", "execute"})
 """Names of what Jupyter's authorizer is asked for; ``execute`` is to prompt."""
 
 
-class Client(Conversations):
+class Client(Configurations, Models, Tables, Conversations, ToolKeys):
     """Configure, load, prompt and unload the models of one Jupyter server.
 
     Made by `llmkit.connect`. Threads may share it. Every method raises an `LLMKitError` of the class that fits,
@@ -54,10 +45,11 @@ class Client(Conversations):
 
     Examples
     --------
-    >>> client = llmkit.connect()  # doctest: +SKIP
-    >>> client.configure("demo", "llmkit/demo", "vllm")  # doctest: +SKIP
-    >>> client.load("demo")  # doctest: +SKIP
-    >>> print(client.prompt("demo", "What is the capital of France?"))  # doctest: +SKIP
+    >>> client = llmkit.connect()
+    >>> configuration = client.configure("demo", "llmkit/demo", "vllm")
+    >>> client.load("demo")
+    <Model demo: loaded>
+    >>> print(client.prompt("demo", "What is the capital of France?"))
     The capital of France is Paris.
     """
 
@@ -67,14 +59,25 @@ class Client(Conversations):
 
     @property
     def url(self) -> str:
-        """Base URL of the server."""
+        """Base URL of the server.
+
+        Examples
+        --------
+        >>> client.url
+        'http://127.0.0.1:...'
+        """
         return self.connection.server.url
 
     def __repr__(self) -> str:
         return f"<llmkit.Client {self.url}>"
 
     def close(self) -> None:
-        """Close the connections to the server; the models stay as they are."""
+        """Close the connections to the server; the models stay as they are.
+
+        Examples
+        --------
+        >>> client.close()
+        """
         self.connection.close()
 
     def __enter__(self) -> Self:
@@ -89,6 +92,11 @@ class Client(Conversations):
         """Say what this user may do here: ``read``, ``execute`` (prompt), ``write`` (configure, load, unload, delete).
 
         A server that cannot tell is taken to allow everything: whatever is not allowed it refuses all the same.
+
+        Examples
+        --------
+        >>> sorted(client.permissions())
+        ['execute', 'read', 'write']
         """
         params = {"permissions": json.dumps({"llm": sorted(PERMISSIONS)})}
         try:
@@ -96,312 +104,6 @@ class Client(Conversations):
             return PERMISSIONS & frozenset(told["permissions"]["llm"])
         except (LLMKitError, LookupError, TypeError):
             return PERMISSIONS
-
-    # -- configurations ----------------------------------------------------------------------------------------
-
-    def configure(
-        self,
-        model_id: str,
-        model_name: str,
-        model_type: str,
-        model_kwargs: Mapping[str, Any] | None = None,
-        **optional: Any,
-    ) -> Configuration:
-        """Store a new configuration; one that is equal to the stored one changes nothing.
-
-        Parameters
-        ----------
-        model_id
-            Your unique name for the model.
-        model_name
-            What the engine calls it: a hub name, a path, or the name at the remote endpoint.
-        model_type
-            The engine: ``vllm``, ``openai``; see `model_types`.
-        model_kwargs
-            Engine arguments and generation defaults, flat or nested under ``engine`` and ``generation``.
-        **optional
-            ``description``, ``auto_load``, ``idle_ttl``, ``restart``, ``max_in_flight``, ``max_queued``, ``prices``,
-            ``fallback``.
-
-        Raises
-        ------
-        ConfigurationExists
-            If the ``model_id`` is taken by a different configuration; `update` changes that one.
-        DoesNotFit
-            If a field is wrong; ``details["fields"]`` names each.
-        """
-        body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
-        told = self.connection.call("POST", "llm/configure_model/", json=body)
-        self._known.forget()
-        return self.configuration(told["config_id"])
-
-    def check(
-        self,
-        model_id: str,
-        model_name: str,
-        model_type: str,
-        model_kwargs: Mapping[str, Any] | None = None,
-        *,
-        config_id: str | None = None,
-        reload: bool = False,
-        **optional: Any,
-    ) -> LoadPlan | None:
-        """Have a configuration checked as `configure` would check it, and store nothing.
-
-        Parameters
-        ----------
-        config_id
-            Of the configuration that it would replace; ``reload`` is then that of `update`.
-        model_id, model_name, model_type, model_kwargs, **optional
-            As of `configure`.
-
-        Returns
-        -------
-        LoadPlan or None
-            What loading it would take; None if the server can load no model of this type.
-
-        Raises
-        ------
-        DoesNotFit, ConfigurationExists, ModelIsLoaded
-            Or what else `configure` or `update` would raise.
-        """
-        body = _configuration(model_id, model_name, model_type, model_kwargs, optional)
-        params = {"dry_run": "true", **({"reload": "true"} if reload else {})}
-        if config_id is None:
-            told = self.connection.call("POST", "llm/configure_model/", json=body, params=params)
-        else:
-            told = self.connection.call("PUT", path_to("llm/configuration", config_id), json=body, params=params)
-        return LoadPlan.model_validate(told["plan"]) if told["plan"] is not None else None
-
-    def configurations(self) -> list[Configuration]:
-        """Give every configuration, oldest first."""
-        return [read_configuration(told) for told in self.connection.call("GET", "llm/configurations/")]
-
-    def configuration(self, config_id: str) -> Configuration:
-        """Give one configuration, by its ``config_id``."""
-        return read_configuration(self.connection.call("GET", path_to("llm/configuration", config_id)))
-
-    def update(self, model_id: str, *, reload: bool = False, **changes: Any) -> Configuration:
-        """Change a configuration.
-
-        Parameters
-        ----------
-        model_id
-            The model.
-        reload
-            Unload a live model and load it again, where the change asks for that.
-        **changes
-            The fields to change, each as a whole; None takes an optional one away.
-
-        Raises
-        ------
-        ModelIsLoaded
-            If an engine argument of a live model changes, without ``reload``.
-
-        Examples
-        --------
-        >>> client.update("demo", model_kwargs={"temperature": 0.2})  # doctest: +SKIP
-        """
-        stored = self.configuration(self.model(model_id).config_id)
-        body = {k: v for k, v in stored.to_wire().items() if k not in ("config_id", "declared")} | changes
-        body = {k: v for k, v in body.items() if v is not None or k not in OPTIONAL_FIELDS}
-        path = path_to("llm/configuration", stored.config_id)
-        params = {"reload": "true"} if reload else None
-        told = self.connection.call("PUT", path, json=body, params=params, seconds=UNLOAD_SECONDS)
-        self._known.forget()
-        return read_configuration(told)
-
-    def set_key(self, model_id: str, key: str | None = None, *, reload: bool = False) -> Configuration:
-        """Give a configuration another API key; everything else stays, and the key is never shown again.
-
-        Parameters
-        ----------
-        model_id
-            The model.
-        key
-            The key, or ``env:NAME`` for a variable of the server. None: you are asked, so that it stands in no cell.
-        reload
-            Unload a live model and load it again; without that a live model refuses.
-
-        Raises
-        ------
-        KeyMissing
-            If no key is given, or nobody can be asked.
-        ModelIsLoaded
-            If the model is live, without ``reload``.
-        DoesNotFit
-            If its type takes no key.
-
-        Examples
-        --------
-        >>> client.set_key("gpt")  # doctest: +SKIP
-        API key of gpt: ········
-        """
-        given = keys.clean_key(keys.ask_key(model_id) if key is None else key)
-        stored = self.configuration(self.model(model_id).config_id)
-        return self.update(model_id, reload=reload, model_kwargs=keys.with_key(stored.model_kwargs, given))
-
-    def delete(self, model_id: str | None = None, *, config_id: str | None = None, unload: bool = False) -> None:
-        """Delete a configuration and its key.
-
-        Parameters
-        ----------
-        model_id, config_id
-            Either names it.
-        unload
-            Unload the model first, if it is loaded.
-
-        Raises
-        ------
-        ModelIsLoaded
-            If it is loaded, without ``unload``.
-        """
-        if (model_id is None) == (config_id is None):
-            raise TypeError("delete() takes a model_id or a config_id")
-        if config_id is None:
-            config_id = self.model(str(model_id)).config_id
-        params = {"unload": "true"} if unload else None
-        self.connection.call("DELETE", path_to("llm/configuration", config_id), params=params, seconds=UNLOAD_SECONDS)
-        self._known.forget()
-
-    def export_configurations(self, path: str | os.PathLike[str]) -> list[str]:
-        """Write every configuration to a JSON file, without keys; names of variables (``env:NAME``) stay.
-
-        Returns
-        -------
-        list of str
-            The ``model_id`` of each configuration whose key was left out.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written; one that was there stays.
-        """
-        return transfer.export_configurations(self, Path(path))
-
-    def import_configurations(self, path: str | os.PathLike[str], *, replace: bool = False) -> ImportedList:
-        """Send the configurations of a file to the server, and say what became of each.
-
-        Parameters
-        ----------
-        path
-            A file of `export_configurations`.
-        replace
-            Put those of the file in the place of different ones of the same ``model_id``; a key that the server
-            has stays, for the same address.
-
-        Raises
-        ------
-        OSError, DoesNotFit
-            If the file cannot be read, or has a mistake; nothing was changed then.
-        """
-        return transfer.import_configurations(self, Path(path), replace=replace)
-
-    def model_types(self) -> list[ModelType]:
-        """Give every model type of the server, with the schemas of its arguments."""
-        told = self.connection.call("GET", "llm/model_types/")
-        return [ModelType.model_validate(one) for one in told["model_types"]]
-
-    # -- models ------------------------------------------------------------------------------------------------
-
-    def models(self) -> ModelList:
-        """Give every model as it is now."""
-        told = self.connection.call("GET", "llm/models/")
-        return ModelList(Model.model_validate(one) for one in told["models"])
-
-    def model(self, model_id: str) -> Model:
-        """Give one model as it is now, or raise `ModelNotFound`."""
-        return Model.model_validate(self.connection.call("GET", path_to("llm/models", model_id)))
-
-    def snapshot(self) -> Snapshot:
-        """Give every model with the epoch and revision of the registry."""
-        return Snapshot.model_validate(self.connection.call("GET", "llm/models/"))
-
-    def health(self) -> Health:
-        """Give the condition of the server's registry and store."""
-        return Health.model_validate(self.connection.call("GET", "llm/health"))
-
-    def devices(self) -> Devices:
-        """Give CPU, RAM and GPUs of the server's machine, with the share of every model."""
-        return Devices.model_validate(self.connection.call("GET", "llm/devices"))
-
-    def plan(self, model_id: str) -> LoadPlan:
-        """Say what a load would take, whether it fits, and which models would be unloaded for it; changes nothing."""
-        path = path_to("llm/load_model", self.model(model_id).config_id)
-        return LoadPlan.model_validate(self.connection.call("POST", path, params={"dry_run": "true"}))
-
-    def logs(self, model_id: str, tail: int = 200) -> list[str]:
-        """Give the last lines of an engine's log; none for a model that runs elsewhere."""
-        told = self.connection.call("GET", path_to("llm/models", model_id) + "/logs", params={"tail": tail})
-        return LogTail.model_validate(told).lines
-
-    def follow_logs(self, model_id: str, tail: int = 200) -> Generator[str]:
-        """Give the last lines of an engine's log, then each new one, until the model is deleted or you stop.
-
-        Parameters
-        ----------
-        model_id
-            The model; it need not be loaded yet.
-        tail
-            With how many lines to begin.
-        """
-        with self.connection.log_stream(model_id, tail) as response:
-            for event in read_events(response):
-                yield event["line"]
-
-    def start_loading(self, model_id: str, *, force: bool = False) -> Model:
-        """Start to load a model, and return at once; ``force`` is that of `load`."""
-        return self._start_loading(self.model(model_id), force=force)
-
-    def _start_loading(self, model: Model, *, force: bool) -> Model:
-        path = path_to("llm/load_model", model.config_id)
-        params = {"wait": "false", **({"force": "true"} if force else {})}
-        return Model.model_validate(self.connection.call("POST", path, params=params))
-
-    def load(self, model_id: str, *, progress: bool = True, force: bool = False) -> Model:
-        """Load a model, and return when it is loaded.
-
-        Interrupting cancels a load that this call has started; one of somebody else goes on.
-
-        Parameters
-        ----------
-        model_id
-            The model.
-        progress
-            Show a progress bar.
-        force
-            Unload busy models, too, to make room, and try what is not expected to fit.
-
-        Raises
-        ------
-        LoadFailed, NoRoom, EngineNotInstalled, LoadCancelled
-            Or another error that says why it could not be loaded; the engine's last words are its note.
-        """
-        before = self.model(model_id)
-        model = self._start_loading(before, force=force)
-        if model.status == "loaded":
-            return model
-        try:
-            return follow(self, model_id, progress=progress)
-        except KeyboardInterrupt:
-            if before.status != "loading" and self.model(model_id).status == "loading":
-                self.unload(model_id)
-            raise
-
-    def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
-        """Unload a model, or cancel its load, and say what was freed.
-
-        Parameters
-        ----------
-        model_id
-            The model.
-        drain
-            Seconds that running requests get to finish.
-        """
-        params = {"drain": drain} if drain else None
-        path = path_to("llm/unload_model", model_id)
-        told = self.connection.call("POST", path, params=params, seconds=UNLOAD_SECONDS + drain)
-        return Memory.model_validate(told.get("freed") or {})
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
@@ -424,19 +126,39 @@ class Client(Conversations):
         ------
         ModelNotLoaded
             If it has to be loaded first.
+
+        Examples
+        --------
+        >>> answer = client.prompt("demo", "What is the capital of France?", temperature=0)
+        >>> print(answer)
+        The capital of France is Paris.
         """
         body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
         return Prompt(self.connection, self._known, body).ask()
 
     def stream(self, model_id: str, prompt: str, **inference_kwargs: Any) -> AnswerStream:
-        """Ask a model and give its answer as it comes; the parameters are those of `prompt`."""
+        """Ask a model and give its answer as it comes; the parameters are those of `prompt`.
+
+        Examples
+        --------
+        >>> for piece in client.stream("demo", "What is the capital of France?", max_tokens=50):
+        ...     print(piece, end="")
+        The capital of France is Paris.
+        """
         request_id = str(inference_kwargs.setdefault("request_id", f"req-{uuid.uuid4().hex}"))
         inference_kwargs["stream"] = True
         body = {"model_id": model_id, "prompt": prompt, "inference_kwargs": inference_kwargs}
         return AnswerStream(Prompt(self.connection, self._known, body), request_id)
 
     def cancel(self, request_id: str) -> None:
-        """End a running request, or raise `RequestNotFound`."""
+        """End a running request, or raise `RequestNotFound`.
+
+        Examples
+        --------
+        >>> requests = client.requests()
+        >>> for one in requests.running:
+        ...     client.cancel(one.request_id)
+        """
         self.connection.call("DELETE", path_to("llm/inference", request_id))
 
     def requests(self, limit: int = 100, model_id: str | None = None) -> RequestList:
@@ -456,7 +178,9 @@ class Client(Conversations):
 
         Examples
         --------
-        >>> [one.outcome for one in client.requests(limit=1).recent]  # doctest: +SKIP
+        >>> answer = client.prompt("demo", "What is the capital of France?")
+        >>> requests = client.requests(limit=1)
+        >>> [one.outcome for one in requests.recent]
         ['ok']
         """
         params = {"limit": limit, **({"model_id": model_id} if model_id is not None else {})}
@@ -474,17 +198,29 @@ class Client(Conversations):
 
         Examples
         --------
-        >>> openai = client.openai()  # doctest: +SKIP
-        >>> openai.chat.completions.create(  # doctest: +SKIP
-        ...     model="demo", messages=[{"role": "user", "content": "Hello"}]
-        ... )
+        >>> openai = client.openai()
+        >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> reply = openai.chat.completions.create(model="demo", messages=messages)
+        >>> reply.choices[0].message.content
+        'The capital of France is Paris.'
+        >>> openai.close()
         """
         from openai import OpenAI  # slow to import
 
         return OpenAI(**self.connection.openai_arguments(kwargs))
 
     def async_openai(self, **kwargs: Any) -> AsyncOpenAI:
-        """Give an ``openai.AsyncOpenAI`` that asks the models of this server; see `openai`."""
+        """Give an ``openai.AsyncOpenAI`` that asks the models of this server; see `openai`.
+
+        Examples
+        --------
+        >>> openai = client.async_openai()
+        >>> messages = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> reply = await openai.chat.completions.create(model="demo", messages=messages)
+        >>> reply.choices[0].message.content
+        'The capital of France is Paris.'
+        >>> await openai.close()
+        """
         from openai import AsyncOpenAI  # slow to import
 
         return AsyncOpenAI(**self.connection.openai_arguments(kwargs, is_async=True))
@@ -494,157 +230,10 @@ class Client(Conversations):
 
         Examples
         --------
-        >>> answer = await client.as_async().prompt("demo", "Hello")  # doctest: +SKIP
+        >>> awaited = client.as_async()
+        >>> print(await awaited.prompt("demo", "What is the capital of France?"))
+        The capital of France is Paris.
         """
         from llmkit.client.async_client import AsyncClient
 
         return AsyncClient(self)
-
-    # -- tables ------------------------------------------------------------------------------------------------
-
-    def map(
-        self,
-        data: Any,
-        template: str,
-        *,
-        model: str,
-        system: str | None = None,
-        schema: Any = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        concurrency: int = 8,
-        retries: int = 3,
-        retry_errors: bool = False,
-        missing: Literal["error", "skip"] = "error",
-        on_engine_lost: Literal["wait", "fail"] = "wait",
-        patience: float = 3600.0,
-        progress: bool = True,
-        priority: Literal["batch", "interactive"] = "batch",
-        reconnect: Callable[[], Client] | None = None,
-        **inference_kwargs: Any,
-    ) -> pd.DataFrame:
-        """Ask a model about every row of a table; the same call again goes on where one has ended.
-
-        Each answer is on the disk before it counts. Rows with equal prompts are asked once. An answer is taken from
-        the checkpoint only for the same prompt, system prompt, template, parameters, schema and configuration.
-
-        Parameters
-        ----------
-        data
-            A DataFrame, a Series (``{its name}``, else ``{text}``) or a list of dicts.
-        template
-            The prompt, with ``{column}`` for the cell of that column; ``{{`` and ``}}`` are braces.
-        model
-            The ``model_id`` of a loaded model.
-        system
-            System prompt of every row.
-        schema
-            JSON schema, or pydantic class, that the answers follow: its properties become columns with a type.
-        checkpoint
-            File for the answers; default: one in ``.llmkit`` in the working folder, beside the notebook.
-        concurrency
-            Requests running at once at most; so many rows at most are asked twice after a kill.
-        retries
-            How often a row is asked again after the engine or the line has failed, with growing pauses. A full
-            queue of the server is waited for without counting.
-        retry_errors
-            Ask rows again whose ``error`` the checkpoint holds.
-        missing
-            ``error``, or ``skip``: rows with an empty cell that the template needs get a reason instead of an answer.
-        on_engine_lost
-            ``wait`` until a model or a server that went is back (a model that was loaded is loaded again after a
-            restart of the server), or ``fail``.
-        patience
-            Seconds to wait for that at most.
-        progress
-            Show a progress bar with rate and time left.
-        priority
-            ``batch`` lets requests of people go first.
-        reconnect
-            Gives a client of the server when it is back at another address; default: `llmkit.connect`.
-        **inference_kwargs
-            Parameters of every prompt, for example ``temperature``, ``max_tokens``.
-
-        Returns
-        -------
-        pandas.DataFrame
-            The table with the same index, and ``response``, ``error`` (NA where all is well), ``finish_reason``,
-            ``prompt_tokens``, ``completion_tokens``, ``seconds`` (of the request on the server), and the columns of
-            the schema.
-
-        Raises
-        ------
-        DoesNotFit
-            If the template names no column, or a cell cannot go into a prompt; nothing was asked then.
-        ModelNotLoaded
-            If the model has to be loaded first, or somebody has unloaded it.
-        DiskFull, WrongState, TimedOut
-            No room for the checkpoint; another process has it, or the configuration was changed; waited in vain.
-        KeyboardInterrupt
-            When interrupted: requests are cancelled on the server. With every error finished rows are kept.
-
-        Examples
-        --------
-        >>> df = pd.DataFrame({"country": ["France", "Japan"]})  # doctest: +SKIP
-        >>> client.map(df, "What is the capital of {country}?", model="demo")["response"]  # doctest: +SKIP
-        """
-        from llmkit.client.batch import map_rows  # needed by few, and slow to import
-
-        return map_rows(
-            self,
-            data,
-            template,
-            model=model,
-            system=system,
-            schema=schema,
-            checkpoint=checkpoint,
-            concurrency=concurrency,
-            retries=retries,
-            retry_errors=retry_errors,
-            missing=missing,
-            on_engine_lost=on_engine_lost,
-            patience=patience,
-            progress=progress,
-            priority=priority,
-            reconnect=reconnect,
-            **inference_kwargs,
-        )
-
-    def compare(self, models: Sequence[str], data: Any, template: str, **arguments: Any) -> pd.DataFrame:
-        """Ask several models about every row of a table, one model after the other.
-
-        Parameters
-        ----------
-        models
-            Each ``model_id``.
-        data, template, **arguments
-            As of `map`.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row for each row and model: ``row`` (label of the table's index), ``model_id``, the columns that `map`
-            adds, ``answered_by`` (another model, where one with a fallback failed) and ``configuration_hash``.
-
-        Examples
-        --------
-        >>> client.compare(["demo", "gpt"], df, "What is the capital of {country}?")  # doctest: +SKIP
-        """
-        from llmkit.client.batch import compare_models
-
-        return compare_models(self, models, data, template, **arguments)
-
-
-def _configuration(
-    model_id: str,
-    model_name: str,
-    model_type: str,
-    model_kwargs: Mapping[str, Any] | None,
-    optional: Mapping[str, Any],
-) -> dict[str, Any]:
-    return {
-        "model_id": model_id,
-        "model_name": model_name,
-        "model_type": model_type,
-        "model_kwargs": dict(model_kwargs or {}),
-        **{name: value for name, value in optional.items() if value is not None},
-    }

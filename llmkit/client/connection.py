@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 import httpx
 
+from llmkit.client.bodies import as_body
 from llmkit.errors import ConnectError, LLMKitError, NotAuthenticated, ServerNotFound, TimedOut, from_wire
 
 CONNECT_SECONDS = 5.0
@@ -22,6 +23,7 @@ REQUEST_SECONDS = 30.0
 LOG_SILENCE_SECONDS = 60.0
 """The server says at least that it is there more often than that."""
 KEPT_CONNECTIONS = 100
+_PROXY_HINT = "NO_PROXY=HOST has a server reached without; for SOCKS: pip install 'httpx[socks]'."
 # What follows the base URL in addresses that people copy from their browser.
 _PAGES = re.compile(r"/(?:lab|tree|notebooks|doc|consoles|edit|llm|login)(?:/.*)?$")
 
@@ -89,9 +91,11 @@ def parse_url(text: str) -> tuple[str, str | None]:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if not host or parts.scheme not in ("http", "https"):
+    if not host or parts.scheme not in ("http", "https") or not _is_name(host):
+        # Before an @ stands a password, and behind ? or # a token.
+        shown = "What was given" if "@" in text else repr(re.split("[?#]", text)[0])
         raise ServerNotFound(
-            f"{text.split('?')[0]!r} is no address of a Jupyter server.", hint="It looks like http://localhost:8888/."
+            f"{shown} is no address of a Jupyter server.", hint="It looks like http://localhost:8888/."
         )
     if host in ("0.0.0.0", "::"):  # noqa: S104  # a server that listens everywhere is reached here
         host = "127.0.0.1"
@@ -102,18 +106,56 @@ def parse_url(text: str) -> tuple[str, str | None]:
     return urlunsplit((parts.scheme, netloc, path, "", "")), token
 
 
+def _is_name(host: str) -> bool:
+    """Say whether a host can be looked up: no part of its name is empty or too long, and each letter is allowed."""
+    try:
+        encoded = httpx.URL(scheme="http", host=host).raw_host
+        encoded.decode("ascii").encode("idna")  # what a socket does with it
+    except (httpx.InvalidURL, ValueError):
+        return False
+    return True
+
+
+def clean_token(token: str | None) -> str | None:
+    r"""Take blanks and line ends away that a token has from a file or from copying.
+
+    Raises
+    ------
+    NotAuthenticated
+        If what is left can be no token.
+
+    Examples
+    --------
+    >>> clean_token("abc\n")
+    'abc'
+    """
+    token = (token or "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise NotAuthenticated(
+            "The token has characters that no token has: letters with accents, line ends, or the like.",
+            hint="Copy it again; `jupyter server list` shows it. It is that of `token=`, LLMKIT_TOKEN or the address.",
+        )
+    return token or None
+
+
 class Connection:
     """Requests to one server over kept-alive connections; threads may share it."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._http = httpx.Client(
-            base_url=server.url,
-            headers={**server.headers, "Accept": "application/json"},
-            follow_redirects=False,
-            timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
-            **_reach(server, httpx),
-        )
+        self._http = _http(server)
+
+    def move_to(self, server: Server) -> None:
+        """Go on at another address, or with another token: the server was started anew.
+
+        Raises
+        ------
+        ConnectError
+            If its certificate cannot be read.
+        """
+        before, self._http = self._http, _http(server)
+        self.server = server
+        before.close()
 
     def close(self) -> None:
         """Close the connections."""
@@ -134,8 +176,9 @@ class Connection:
             base = next(one for one in made.__mro__ if one.__name__ in ("Client", "AsyncClient"))
             library = importlib.import_module(base.__module__.partition(".")[0])
             # Nothing under /llm redirects, and the token is for this server alone.
-            more = {**_reach(self.server, library, is_async=is_async), "follow_redirects": False}
-            arguments["http_client"] = made(**more)
+            with _proxies_read(self.server, library):
+                more = {**_reach(self.server, library, is_async=is_async), "follow_redirects": False}
+                arguments["http_client"] = made(**more)
         return arguments
 
     def raw(self, method: str, path: str, *, seconds: float = REQUEST_SECONDS, **kwargs: Any) -> httpx.Response:
@@ -172,10 +215,9 @@ class Connection:
         Raises
         ------
         LLMKitError
-            What the server said, or that it said nothing.
+            What the server said, or that it said nothing; `DoesNotFit` if ``json`` is none.
         """
-        given = {name: value for name, value in (("json", json), ("params", params)) if value is not None}
-        response = self.raw(method, path, seconds=seconds, **given)
+        response = self.raw(method, path, seconds=seconds, params=params, **_content(json))
         if not response.is_success:
             raise self.error_of(response)
         return self._json(response)
@@ -199,7 +241,7 @@ class Connection:
         """
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         try:
-            with self._http.stream(method, path, json=json, params=params, timeout=timeout) as response:
+            with self._http.stream(method, path, params=params, timeout=timeout, **_content(json)) as response:
                 if not response.is_success:
                     response.read()
                     raise self.error_of(response)
@@ -245,9 +287,38 @@ class Connection:
             )
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
             return TimedOut(f"{url} did not answer in time.", hint="The server may be busy; try again.")
+        if isinstance(error, httpx.ProxyError):
+            return ConnectError(f"The proxy on the way to {url} refuses: {error}.", hint=_PROXY_HINT)
         return ServerNotFound(
             f"{url} does not answer.", hint="Is the Jupyter server running? `jupyter server list` shows those that are."
         )
+
+
+def _http(server: Server) -> httpx.Client:
+    with _proxies_read(server, httpx):
+        return httpx.Client(
+            base_url=server.url,
+            headers={**server.headers, "Accept": "application/json"},
+            follow_redirects=False,
+            timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
+            **_reach(server, httpx),
+        )
+
+
+def _content(json: Any) -> dict[str, Any]:
+    return {} if json is None else {"content": as_body(json), "headers": {"Content-Type": "application/json"}}
+
+
+@contextmanager
+def _proxies_read(server: Server, library: Any) -> Iterator[None]:
+    """Explain why no client can be made: the variables that name proxies are read with it."""
+    try:
+        yield
+    except (ImportError, ValueError, library.InvalidURL) as error:
+        why = "needs the package socksio" if isinstance(error, ImportError) else "is no address of a proxy"
+        raise ConnectError(
+            f"{server.url} cannot be reached: HTTP_PROXY, HTTPS_PROXY or ALL_PROXY {why}.", hint=_PROXY_HINT
+        ) from None
 
 
 def _reach(server: Server, library: Any, *, is_async: bool = False) -> dict[str, Any]:

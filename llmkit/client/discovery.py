@@ -1,7 +1,8 @@
 """Find the Jupyter server that a kernel or a script belongs to.
 
 In this order: what `connect` is given; ``LLMKIT_SERVER_URL`` and ``LLMKIT_TOKEN``; the server that started the
-kernel, or the terminal; JupyterHub's variables; any running server of this user that answers ``/llm/health``.
+kernel, or that this process runs under; JupyterHub's variables; any running server of this user that answers
+``/llm/health``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ import psutil
 from pydantic import ValidationError
 
 from llmkit.client.client import Client
-from llmkit.client.connection import Connection, Server, is_missing, parse_url
+from llmkit.client.connection import Connection, Server, clean_token, is_missing, parse_url
 from llmkit.client.installed import explain_missing
 from llmkit.errors import IncompatibleVersion, LLMKitError, NotAllowed, ServerNotFound
 from llmkit.schemas import API_VERSION, Health
+from llmkit.tool_keys import is_key
 
 PROBE_SECONDS = 3.0
 START_HINT = (
-    "In a terminal, `jupyter lab` or `jupyter llmkit` starts one in the environment where llmkit is installed. "
+    "llmkit.start() starts one that ends with this kernel or script; in a terminal, `jupyter lab` or `jupyter llmkit` "
+    "starts one in the environment where llmkit is installed. "
     "For a server elsewhere: llmkit.connect(url, token=...), or set LLMKIT_SERVER_URL and LLMKIT_TOKEN."
 )
+
+
+MAX_PID = 2**31 - 1
+"""Of no system is one larger; to ask for a process beyond is an error."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
     url
         Address of the Jupyter server, also as copied from the browser with ``?token=...``.
     token
-        Its token.
+        Its token; a key for tools opens too little for a client.
     verify
         For ``https``: the path of the server's certificate or of its authority, or False to trust any. Default:
         ``LLMKIT_VERIFY``, else the system's authorities.
@@ -68,12 +75,20 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
     IncompatibleVersion
         Client and server cannot talk to each other.
     NotAuthenticated, NotAllowed
-        The token is missing or wrong.
+        The token is missing or wrong, or a key for tools.
 
     Examples
     --------
-    >>> client = connect()  # doctest: +SKIP
-    >>> client = connect("https://hub.example.org/user/ada/", token="...")  # doctest: +SKIP
+    >>> client = llmkit.connect()
+    >>> client
+    <llmkit.Client http://127.0.0.1:...>
+
+    A server elsewhere, here one that is not there:
+
+    >>> client = llmkit.connect("http://127.0.0.1:1/user/ada/", token="...")
+    Traceback (most recent call last):
+    llmkit.errors.ServerNotFound: http://127.0.0.1:1/user/ada/ does not answer.
+    Is the Jupyter server running? `jupyter server list` shows those that are.
     """
     tried: list[str] = []
     first: LLMKitError | None = None
@@ -84,7 +99,7 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
             tried.append(f"{candidate.source}: {candidate.reason}")
             continue
         try:
-            connection = Connection(replace(server, token=token or server.token, verify=trust))
+            connection = Connection(replace(server, token=clean_token(token or server.token), verify=trust))
             try:
                 probe(connection)
             except BaseException:
@@ -147,14 +162,26 @@ def probe(connection: Connection) -> Health:
 
 
 def _credentials(server: Server) -> str:
+    if _is_tool_key(server):
+        return "a key for tools in the place of its token"
     return "the token" if server.token else "a request without a token"
 
 
 def _credentials_hint(server: Server) -> str:
+    if _is_tool_key(server):
+        return (
+            "Such a key opens /llm/v1 and /llm/inference/ alone: "
+            f"`openai.OpenAI(base_url={server.url + 'llm/v1'!r}, api_key=KEY)` asks with it. "
+            "llmkit.connect() and the `llmkit` command take the server's token; `jupyter server list` shows it."
+        )
     hint = "Pass it: llmkit.connect(url, token=...), or set LLMKIT_TOKEN; `jupyter server list` shows it."
     if not server.token:
         hint += " A server with only a password has none: start it with --IdentityProvider.token=..."
     return hint
+
+
+def _is_tool_key(server: Server) -> bool:
+    return server.token is not None and is_key(server.token)
 
 
 # -- where to look ---------------------------------------------------------------------------------------------
@@ -176,10 +203,15 @@ def candidates(url: str | None, environ: Mapping[str, str]) -> Iterator[Candidat
     else:
         yield Candidate("LLMKIT_SERVER_URL", reason="not set")
         folder = runtime_dir()
-        started_by = [_parent(folder, environ), _terminal(folder, environ)]
-        yield from started_by
+        tried: set[str] = set()
+        for find in (_parent, _above):
+            found = find(folder, environ)
+            if found.server is None or found.server.url not in tried:
+                yield found
+            if found.server is not None:
+                tried.add(found.server.url)
         yield _hub(environ)
-        yield from _running(folder, skip={found.server.url for found in started_by if found.server is not None})
+        yield from _running(folder, skip=tried)
 
 
 def _trust(environ: Mapping[str, str]) -> bool | str:
@@ -218,23 +250,24 @@ def _parent(folder: Path, environ: Mapping[str, str]) -> Candidate:
     return Candidate(source, _with_token(server, environ))
 
 
-def _terminal(folder: Path, environ: Mapping[str, str]) -> Candidate:
-    """Find the server of a terminal of JupyterLab.
+def _above(folder: Path, environ: Mapping[str, str]) -> Candidate:
+    """Find the server that this process runs under, as in a terminal of JupyterLab or where nbconvert runs in a cell.
 
-    Jupyter names it in ``JUPYTER_SERVER_URL``, but with the port that it would have liked to have: where that was
-    taken, it is the address of another server. So the server is looked for among the processes above this one, and by
-    the folder that it serves where it is none of them, as within tmux.
+    nbconvert and papermill name themselves in ``JPY_PARENT_PID``. For a terminal Jupyter names the server in
+    ``JUPYTER_SERVER_URL``, but with the port that it would have liked to have: where that was taken, it is the address
+    of another server. So the server is looked for among the processes above this one, and by the folder that it serves
+    where it is none of them, as within tmux.
     """
-    source = "the server that started this terminal"
-    root = environ.get("JUPYTER_SERVER_ROOT")
-    if not root:
-        return Candidate(source, reason="JUPYTER_SERVER_ROOT is not set")
+    source = "the server that this process runs under"
     above: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):  # one has ended meanwhile
         above = psutil.Process().parents()
     files = (read_server_file(folder / f"jpserver-{process.pid}.json") for process in above)
     server = next(filter(None, files), None)
     if server is None:
+        root = environ.get("JUPYTER_SERVER_ROOT")
+        if not root:
+            return Candidate(source, reason="none is above it, and JUPYTER_SERVER_ROOT is not set")
         place = Path(root).absolute()
         serving = [found for found, alive in running_servers(folder) if alive and Path(found.root) == place]
         if len(serving) != 1:
@@ -295,8 +328,11 @@ def read_server_file(file: Path) -> Server | None:
         uds = told.get("sock") or None
         # Over a unix socket the host is only a name.
         url = f"http://localhost{told['base_url']}" if uds else parse_url(told["url"])[0]
-        return Server(url, told.get("token") or None, uds=uds, pid=int(told["pid"]), root=str(told.get("root_dir", "")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ServerNotFound):
+        token, pid = told.get("token") or None, int(told["pid"])
+        if not (isinstance(token, str | None) and isinstance(uds, str | None) and 0 < pid <= MAX_PID):
+            return None
+        return Server(url, token, uds=uds, pid=pid, root=str(told.get("root_dir", "")))
+    except (OSError, ArithmeticError, RecursionError, ValueError, TypeError, KeyError, AttributeError, ServerNotFound):
         return None
 
 

@@ -52,6 +52,17 @@ class Watcher:
         ``connecting``, ``connected``, or ``reconnecting`` while the server does not answer.
     error
         Why it does not answer.
+
+    Examples
+    --------
+    >>> seen = threading.Event()
+    >>> watcher = Watcher(client)
+    >>> end = watcher.subscribe(lambda watcher: None if watcher.snapshot is None else seen.set())
+    >>> seen.wait(10)
+    True
+    >>> [model.status for model in watcher.snapshot.models]
+    ['loaded', 'loaded']
+    >>> watcher.close()
     """
 
     def __init__(self, client: Client) -> None:
@@ -66,7 +77,15 @@ class Watcher:
         self._thread.start()
 
     def subscribe(self, listener: Callable[[Watcher], None]) -> Callable[[], None]:
-        """Call a function after every change, on this watcher's thread; gives a function that ends that."""
+        """Call a function after every change, on this watcher's thread; gives a function that ends that.
+
+        Examples
+        --------
+        >>> watcher = Watcher(client)
+        >>> end = watcher.subscribe(lambda watcher: print(watcher.state))
+        >>> end()
+        >>> watcher.close()
+        """
         self._listeners = [*self._listeners, listener]
 
         def unsubscribe() -> None:
@@ -75,7 +94,13 @@ class Watcher:
         return unsubscribe
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread.
+
+        Examples
+        --------
+        >>> watcher = Watcher(client)
+        >>> watcher.close()
+        """
         self._closed.set()
         opened = self._socket
         if opened is not None:

@@ -39,8 +39,21 @@ def clean_key(key: str) -> str:
     return key.strip()
 
 
-def with_key(model_kwargs: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Copy the arguments of a configuration with this key in them, where keys stand there.
+def key_of(model_kwargs: Mapping[str, Any]) -> Any:
+    """Give the mark of a key, or the name of its variable, wherever it stands; None where there is no key.
+
+    Examples
+    --------
+    >>> key_of({"engine": {"api_key": "env:A_API_KEY"}})
+    'env:A_API_KEY'
+    """
+    engine = model_kwargs.get("engine")
+    places = (engine if isinstance(engine, dict) else {}, model_kwargs)
+    return next((place[KEY] for place in places if place.get(KEY) is not None), None)
+
+
+def with_key(model_kwargs: Mapping[str, Any], key: Any) -> dict[str, Any]:
+    """Copy the arguments of a configuration with this key, or its mark, in them, where keys stand there.
 
     Examples
     --------

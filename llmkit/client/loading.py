@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from llmkit import schemas
@@ -10,7 +11,7 @@ from llmkit.client.results import describe_download
 from llmkit.errors import ConnectError, LLMKitError, LoadCancelled, LoadFailed, TimedOut, from_wire
 
 if TYPE_CHECKING:
-    from llmkit.client.client import Client
+    from llmkit.client.models import Models
     from llmkit.client.results import Model
 
 LOG_LINES = 20
@@ -28,35 +29,48 @@ PHASES = {
 }
 
 
-def follow(client: Client, model_id: str, *, progress: bool) -> Model:
-    """Return when a model is loaded whose load was started.
+def follow(client: Models, model_id: str, show: Callable[[Model], None]) -> Model:
+    """Return when a model is loaded whose load was started; ``show`` gets it again and again meanwhile.
 
     Raises
     ------
     LLMKitError
-        Why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
+        Why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile, or the server was started anew.
     """
-    with _Bar(model_id, visible=progress) as bar:
-        pause, silent_since = _FIRST_PAUSE, 0.0
-        while True:
-            try:
-                model = client.model(model_id)
-                silent_since = 0.0
-            except (ConnectError, TimedOut):
-                # The load goes on without us; a short break of the line is no reason to give up.
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since > _PATIENCE_SECONDS:
-                    raise
-            else:
-                bar.show(model)
-                if model.status == "loaded":
-                    return model
-                if model.status == "failed":
-                    raise load_error(model)
-                if model.status == "unloaded":
-                    raise LoadCancelled(f"The load of `{model_id}` was cancelled.", hint="Somebody unloaded it.")
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+    pause, silent_since = _FIRST_PAUSE, 0.0
+    epoch = _epoch(client)
+    while True:
+        try:
+            model = client.model(model_id)
+            silent_since = 0.0
+        except (ConnectError, TimedOut):
+            # The load goes on without us; a short break of the line is no reason to give up.
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > _PATIENCE_SECONDS:
+                raise
+        else:
+            show(model)
+            if model.status == "loaded":
+                return model
+            if model.status == "failed":
+                raise load_error(model)
+            if model.status == "unloaded":
+                if epoch is not None and epoch != _epoch(client):
+                    raise LoadCancelled(
+                        f"The load of `{model_id}` ended with the server, which was started anew.",
+                        hint="Load it again.",
+                    )
+                raise LoadCancelled(f"The load of `{model_id}` was cancelled.", hint="Somebody unloaded it.")
+        time.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def _epoch(client: Models) -> str | None:
+    """Give what changes when the server is started anew; None if it cannot be had now."""
+    try:
+        return client.health().epoch
+    except LLMKitError:
+        return None
 
 
 def load_error(model: schemas.Model) -> LLMKitError:
@@ -84,7 +98,7 @@ def _rest(model: schemas.Model) -> str:
     return ", ".join(parts)
 
 
-class _Bar:
+class Bar:
     """A progress bar, or nothing."""
 
     def __init__(self, model_id: str, *, visible: bool) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 
 from llmkit.client.connection import Connection, path_to
-from llmkit.client.results import Answer, Asked, Configuration, read_configuration
-from llmkit.errors import LLMKitError
+from llmkit.client.results import KEY, Answer, Asked, Configuration, read_configuration
+from llmkit.client.stopping import Stopped
+from llmkit.errors import LLMKitError, ParameterForbidden
 
 ANSWER_SECONDS = 600.0
 """So long may a model take until it answers, or between two pieces of a streamed answer."""
@@ -53,9 +54,21 @@ class KnownConfigurations:
 
 
 class Prompt:
-    """One prompt, sent at once or as a stream."""
+    """One prompt, sent at once or as a stream.
+
+    Raises
+    ------
+    ParameterForbidden
+        If a key goes with it: it would be kept with the answer, and shown.
+    """
 
     def __init__(self, connection: Connection, known: KnownConfigurations, body: dict[str, Any]) -> None:
+        if KEY in body["inference_kwargs"]:
+            raise ParameterForbidden(
+                f"`{KEY}` is not allowed in a request.",
+                hint="The configuration has the key: client.set_key(model_id).",
+                param=KEY,
+            )
         self._connection = connection
         self._configurations = known
         self._body = body
@@ -65,7 +78,11 @@ class Prompt:
     def ask(self) -> Answer:
         """Send it and give the answer."""
         self._note()
-        told = self._connection.call("POST", "llm/inference/", json=self._body, seconds=ANSWER_SECONDS)
+        try:
+            told = self._connection.call("POST", "llm/inference/", json=self._body, seconds=ANSWER_SECONDS)
+        except KeyboardInterrupt:
+            # Its connection is closed by now, and with that the server ends the generation.
+            raise Stopped("Stopped. The server ends the answer, too.") from None
         return self.read_answer(told)
 
     def open_stream(self) -> AbstractContextManager[httpx.Response]:

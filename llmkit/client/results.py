@@ -15,6 +15,7 @@ from pydantic import PrivateAttr
 
 from llmkit import schemas
 from llmkit._version import __version__
+from llmkit.client.markdown import harmless
 from llmkit.schemas import Wire
 
 KEY = "api_key"
@@ -41,7 +42,14 @@ class Asked:
 
 
 class Provenance(dict[str, Any]):
-    """Where an answer comes from; shows as a table of what is known."""
+    """Where an answer comes from; shows as a table of what is known.
+
+    Examples
+    --------
+    >>> answer = client.prompt("demo", "What is the capital of France?", temperature=0)
+    >>> answer.provenance["parameters"]
+    {'temperature': 0}
+    """
 
     def _repr_html_(self) -> str:
         rows = "".join(_row(name, value) for name, value in self.items() if value is not None)
@@ -53,17 +61,27 @@ class Answer(schemas.InferenceAnswer):
 
     Examples
     --------
-    >>> answer = client.prompt("demo", "What is the capital of France?")  # doctest: +SKIP
-    >>> print(answer)  # doctest: +SKIP
+    >>> answer = client.prompt("demo", "What is the capital of France?")
+    >>> answer
+    Answer('The capital of France is Paris.')
+    >>> print(answer)
     The capital of France is Paris.
-    >>> answer.provenance["usage"]["completion_tokens"]  # doctest: +SKIP
-    7
+    >>> answer.usage.completion_tokens
+    6
     """
 
     _asked: Asked | None = PrivateAttr(None)
 
     def signed(self, asked: Asked, known: Mapping[str, Configuration]) -> Self:
-        """Note the prompt, and of the configurations that are known the one of the model that answered."""
+        """Note the prompt, and of the configurations that are known the one of the model that answered.
+
+        Examples
+        --------
+        >>> from datetime import UTC, datetime
+        >>> asked = Asked({"temperature": 0}, datetime.now(UTC))
+        >>> client.prompt("demo", "Hello").signed(asked, {}).provenance["parameters"]
+        {'temperature': 0}
+        """
         self._asked = replace(asked, configuration=known.get(self.model_id))
         return self
 
@@ -74,8 +92,15 @@ class Answer(schemas.InferenceAnswer):
         ``model_id`` (that answered), ``model_name``, ``configuration_hash`` (see `Configuration.hash`; the
         configuration as it was at most some seconds before the prompt), ``parameters`` (sent with the prompt, without
         ``messages``), ``seed`` (of the prompt, else of the configuration), ``finish_reason``, ``usage`` (tokens),
-        ``timings`` (seconds), ``engine`` (the model type), ``engine_version`` (None: the server does not tell it),
-        ``llmkit_version`` (of the client), ``request_id`` and ``time`` (UTC, ISO 8601, when the prompt was sent).
+        ``timings`` (seconds), ``engine`` (the model type), ``engine_version`` (of the engine that answered; a remote
+        endpoint tells none), ``llmkit_version`` (of the client), ``request_id`` and ``time`` (UTC, ISO 8601, when the
+        prompt was sent).
+
+        Examples
+        --------
+        >>> answer = client.prompt("demo", "What is the capital of France?")
+        >>> answer.provenance["engine"], answer.provenance["model_name"]
+        ('vllm', 'llmkit/demo')
         """
         asked = self._asked
         configuration = asked.configuration if asked else None
@@ -93,7 +118,7 @@ class Answer(schemas.InferenceAnswer):
             "usage": self.usage.model_dump(mode="json") if self.usage else None,
             "timings": self.timings.model_dump(mode="json"),
             "engine": configuration.model_type if configuration else None,
-            "engine_version": None,
+            "engine_version": self.engine_version,
             "llmkit_version": __version__,
             "request_id": self.request_id,
             "time": asked.time.isoformat(timespec="milliseconds") if asked else None,
@@ -108,11 +133,17 @@ class Answer(schemas.InferenceAnswer):
 
     def _repr_markdown_(self) -> str:
         # The text alone: the same answer gives the same output, however often a notebook is run and compared.
-        return self.response
+        return harmless(self.response)
 
 
 class Configuration(schemas.Configuration):
-    """A stored configuration."""
+    """A stored configuration.
+
+    Examples
+    --------
+    >>> [one.model_kwargs for one in client.configurations() if one.model_id == "gpt"]
+    [{'api_key': 'env:OPENAI_API_KEY', 'temperature': 0}]
+    """
 
     @property
     def hash(self) -> str:
@@ -135,7 +166,14 @@ class Configuration(schemas.Configuration):
 
     @property
     def seed(self) -> Any:
-        """The seed that the configuration gives to each prompt, or None."""
+        """The seed that the configuration gives to each prompt, or None.
+
+        Examples
+        --------
+        >>> fields = {"config_id": "c", "model_id": "a", "model_name": "gpt-3", "model_type": "openai"}
+        >>> Configuration(**fields, model_kwargs={"generation": {"seed": 7}}).seed
+        7
+        """
         generation = self.model_kwargs.get("generation")
         nested = generation.get("seed") if isinstance(generation, dict) else None
         return nested if nested is not None else self.model_kwargs.get("seed")
@@ -149,7 +187,16 @@ class Configuration(schemas.Configuration):
 
 
 class Model(schemas.Model):
-    """A model as it was when it was asked for."""
+    """A model as it was when it was asked for.
+
+    Examples
+    --------
+    >>> model = client.model("demo")
+    >>> model
+    <Model demo: loaded>
+    >>> model.capabilities.api
+    'chat'
+    """
 
     def __str__(self) -> str:
         return f"{self.model_id}: {describe_status(self)}"
@@ -162,7 +209,13 @@ class Model(schemas.Model):
 
 
 class ModelList(list[Model]):
-    """Models; shows as a table."""
+    """Models; shows as a table.
+
+    Examples
+    --------
+    >>> [model.model_id for model in client.models() if model.status == "loaded"]
+    ['demo', 'gpt']
+    """
 
     def __repr__(self) -> str:
         if not self:
@@ -199,6 +252,12 @@ class ModelType(Wire):
         JSON schemas of the engine's arguments and of the generation defaults.
     table
         Where a flat key of ``model_kwargs`` belongs: ``engine`` or ``generation``.
+
+    Examples
+    --------
+    >>> by_name = {one.name: one for one in client.model_types()}
+    >>> by_name["vllm"].table["max_model_len"]
+    'engine'
     """
 
     name: str
@@ -221,6 +280,17 @@ def describe_status(model: schemas.Model) -> str:
         phase = f" ({model.phase})" if model.phase else ""
         return f"loading{phase}"
     return f"{model.status}: {model.reason}" if model.status == "failed" and model.reason else model.status
+
+
+def describe_engine(name: str | None, version: str | None) -> str:
+    """Name an engine with its version, as far as they are known.
+
+    Examples
+    --------
+    >>> describe_engine("vllm", "0.11.0"), describe_engine("openai", None)
+    ('vllm 0.11.0', 'openai')
+    """
+    return " ".join(filter(None, (name, version)))
 
 
 def describe_bytes(count: int | None) -> str:
@@ -260,4 +330,5 @@ def _row(name: str, value: Any) -> str:
 def _cells(model: schemas.Model) -> tuple[str, ...]:
     error = model.error.message if model.error else ""
     status = f"loading ({model.phase})" if model.status == "loading" and model.phase else model.status
-    return (model.model_id, status, model.model_type, model.model_name, describe_memory(model.memory), error)
+    engine = describe_engine(model.model_type, model.capabilities.engine_version)
+    return (model.model_id, status, engine, model.model_name, describe_memory(model.memory), error)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import httpx
 
 from llmkit.client.results import Answer
+from llmkit.client.stopping import Stopped
 from llmkit.errors import EngineGone, RequestNotFound, from_wire
 
 
@@ -32,7 +33,13 @@ class Opener(Protocol):
 
 
 class Piece(NamedTuple):
-    """What came at once: text of the answer, of the model's reasoning, or of both."""
+    """What came at once: text of the answer, of the model's reasoning, or of both.
+
+    Examples
+    --------
+    >>> next(client.stream("demo", "What is the capital of France?").pieces())
+    Piece(text='The', reasoning='')
+    """
 
     text: str
     reasoning: str
@@ -54,8 +61,12 @@ class AnswerStream(Iterator[str]):
 
     Examples
     --------
-    >>> for piece in client.stream("demo", "What is the capital of France?"):  # doctest: +SKIP
-    ...     print(piece, end="")
+    >>> with client.stream("demo", "What is the capital of France?") as stream:
+    ...     for piece in stream:
+    ...         print(piece, end="")
+    The capital of France is Paris.
+    >>> stream.answer.finish_reason
+    'stop'
     """
 
     def __init__(self, opener: Opener, request_id: str) -> None:
@@ -77,7 +88,15 @@ class AnswerStream(Iterator[str]):
         raise StopIteration
 
     def pieces(self) -> Iterator[Piece]:
-        """Give what comes, the model's reasoning too; the loops over it and over the stream share what there is."""
+        """Give what comes, the model's reasoning too; the loops over it and over the stream share what there is.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> thought = "".join(piece.reasoning for piece in stream.pieces())
+        >>> (thought, stream.text)
+        ('', 'The capital of France is Paris.')
+        """
         while (piece := self._take()) is not None:
             yield piece
 
@@ -92,17 +111,37 @@ class AnswerStream(Iterator[str]):
                     self.text += piece.text
                     self.reasoning += piece.reasoning
                     return piece
+        except KeyboardInterrupt:
+            self.close()
+            raise Stopped("Stopped. The server ends the answer, too.") from None
         except BaseException:
             self.close()
             raise
         return None
 
     def close(self) -> None:
-        """End the generation on the server, if it still runs; for the thread that reads."""
+        """End the generation on the server, if it still runs; for the thread that reads.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> next(stream)
+        'The'
+        >>> stream.close()
+        """
         self._frames.close()
 
     def cancel(self) -> None:
-        """End the generation on the server from any thread; the reader then gets an error."""
+        """End the generation on the server from any thread; the reader then gets an error.
+
+        Examples
+        --------
+        >>> stream = client.stream("demo", "What is the capital of France?")
+        >>> next(stream)
+        'The'
+        >>> stream.cancel()
+        >>> stream.close()
+        """
         with contextlib.suppress(RequestNotFound):  # it has ended meanwhile
             self._opener.cancel(self.request_id)
 

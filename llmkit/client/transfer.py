@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from llmkit.client import keys
 from llmkit.errors import DoesNotFit, LLMKitError
 from llmkit.schemas import ModelConfigRequest, Strict
 
 if TYPE_CHECKING:
-    from llmkit.client.client import Client
+    from llmkit.client.configurations import Configurations
 
 VERSION = 1
 _KEY = "api_key"
@@ -44,6 +45,11 @@ class Imported(Strict):
         another configuration of this ``model_id``.
     note
         What is left to do, or why it was not taken.
+
+    Examples
+    --------
+    >>> Imported(model_id="demo", outcome="created").outcome
+    'created'
     """
 
     model_id: str
@@ -52,7 +58,13 @@ class Imported(Strict):
 
 
 class ImportedList(list[Imported]):
-    """What became of each configuration of a file; shows as a table."""
+    """What became of each configuration of a file; shows as a table.
+
+    Examples
+    --------
+    >>> ImportedList([Imported(model_id="gpt", outcome="created", note="give it its key")])
+    gpt  created    give it its key
+    """
 
     def __repr__(self) -> str:
         width = max((len(one.model_id) for one in self), default=0)
@@ -68,7 +80,7 @@ class ImportedList(list[Imported]):
         return f"<table><tbody>{rows}</tbody></table>" if self else f"<p>{self!r}</p>"
 
 
-def export_configurations(client: Client, path: Path) -> list[str]:
+def export_configurations(client: Configurations, path: Path) -> list[str]:
     """Write every configuration to a file, and give the ``model_id`` of those whose key was left out."""
     told = [configuration.to_wire() for configuration in client.configurations()]
     without_key = [one["model_id"] for one in told if _drop_key(one["model_kwargs"])]
@@ -83,7 +95,7 @@ def export_configurations(client: Client, path: Path) -> list[str]:
     return without_key
 
 
-def import_configurations(client: Client, path: Path, *, replace: bool) -> ImportedList:
+def import_configurations(client: Configurations, path: Path, *, replace: bool) -> ImportedList:
     """Send every configuration of a file to the server; a file with a mistake changes nothing."""
     file = _read(path)
     return ImportedList(
@@ -92,19 +104,18 @@ def import_configurations(client: Client, path: Path, *, replace: bool) -> Impor
     )
 
 
-def _import(client: Client, request: ModelConfigRequest, *, replace: bool, without_key: bool) -> Imported:
+def _import(client: Configurations, request: ModelConfigRequest, *, replace: bool, without_key: bool) -> Imported:
     model_id = request.model_id
     body = request.model_dump(exclude_none=True)
     stored = next((c.to_wire() for c in client.configurations() if c.model_id == model_id), None)
     note = ""
     if without_key:
-        key = _key_of(stored["model_kwargs"]) if stored is not None else None
-        if key is None:
+        key = keys.key_of(stored["model_kwargs"]) if stored is not None else None
+        if not isinstance(key, dict):  # none, or the name of a variable
             note = f"The file leaves its key out: client.update({model_id!r}, model_kwargs=...) gives it one."
         else:
-            kwargs = body["model_kwargs"]
-            place = kwargs["engine"] if isinstance(kwargs.get("engine"), dict) else kwargs
-            place[_KEY] = key  # the mark: the server keeps the key it has
+            # The mark: the server keeps the key it has.
+            body["model_kwargs"] = keys.with_key(body["model_kwargs"], key)
     try:
         if stored is None:
             client.configure(**body)
@@ -128,15 +139,6 @@ def _import(client: Client, request: ModelConfigRequest, *, replace: bool, witho
 def _same(body: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     ours = {name: value for name, value in stored.items() if name not in _SERVERS_OWN}
     return {"model_kwargs": {}, **body} == {"model_kwargs": {}, **ours}
-
-
-def _key_of(model_kwargs: Mapping[str, Any]) -> Any:
-    """Give the mark of a raw key, wherever it stands; None where there is no raw key."""
-    engine = model_kwargs.get("engine")
-    for place in (engine if isinstance(engine, dict) else {}, model_kwargs):
-        if isinstance(place.get(_KEY), dict):
-            return place[_KEY]
-    return None
 
 
 def _drop_key(model_kwargs: dict[str, Any]) -> bool:

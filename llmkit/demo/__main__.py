@@ -7,11 +7,8 @@ right. Nothing is left, however it ends.
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,29 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmkit.client import Client, connect
 from llmkit.client.results import describe_memory
+from llmkit.client.starting import StartedServer
 from llmkit.demo import DEMO_MODEL_NAME
-from llmkit.errors import LLMKitError, ServerNotFound
+from llmkit.errors import LLMKitError
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
-
-START_SECONDS = 60.0
-STOP_SECONDS = 30.0
-LOG_LINES = 20
-
-# The server ends with the pipe on its standard input, and so with the demo, even one that is killed.
-SERVER = """
-import os, runpy, signal, threading
-
-def end_with_the_pipe():
-    os.read(0, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-threading.Thread(target=end_with_the_pipe, daemon=True).start()
-runpy.run_module("jupyter_server", run_name="__main__", alter_sys=True)
-"""
 
 
 @contextmanager
@@ -58,75 +39,25 @@ def timed(step: str) -> Iterator[list[str]]:
     print(f"{time.monotonic() - started:6.1f} s  {'  '.join(remarks)}".rstrip(), flush=True)
 
 
-class Server:
-    """A Jupyter server with llmkit, which knows nothing of the user's own.
-
-    Parameters
-    ----------
-    folder
-        An empty folder for all that it writes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._log = folder / "server.log"
-        self._runtime = folder / "runtime"
-        self._token = secrets.token_hex(16)
-        environment = {
-            **os.environ,
-            "JUPYTER_CONFIG_DIR": str(folder / "config"),
-            "JUPYTER_DATA_DIR": str(folder / "data"),
-            "JUPYTER_RUNTIME_DIR": str(self._runtime),
-            "JUPYTER_TOKEN": self._token,
-            "LLMKIT_STATE_DIR": str(folder / "state"),
-            "LLMKIT_RUN_DIR": str(folder / "r"),
-        }
-        options = ["--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}"]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter; no shell
-                [sys.executable, "-c", SERVER, *options],
-                env=environment,
-                cwd=folder,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the demo, which then ends the server in order
-            )
-
-    def connect(self) -> Client:
-        """Wait until it answers, and give a client of it.
-
-        Raises
-        ------
-        ServerNotFound
-            If it ends, or does not answer in time.
-        """
-        information = self._runtime / f"jpserver-{self._process.pid}.json"
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                return connect(json.loads(information.read_text())["url"], self._token)
-            except (OSError, ValueError, ServerNotFound):
-                time.sleep(0.05)  # not there, not written to its end, or not listening yet
-        end = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        raise ServerNotFound("The Jupyter server did not start.", hint=f"The end of its log:\n{end}")
-
-    def stop(self) -> None:
-        """End it, and with it every engine."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+def server_in(folder: Path) -> StartedServer:
+    """Start a Jupyter server with llmkit, which knows nothing of the user's own and writes into this folder alone."""
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "LLMKIT_STATE_DIR": "state",
+        "LLMKIT_RUN_DIR": "r",
+    }
+    environ = {variable: str(folder / name) for variable, name in places.items()}
+    return StartedServer(f"--ServerApp.root_dir={folder}", environ=environ, cwd=folder)
 
 
 def journey(folder: Path) -> str:
     """Do every step, and give the answer."""
-    server: Server | None = None
+    server: StartedServer | None = None
     try:
         with timed("start the server"):
-            server = Server(folder)
+            server = server_in(folder)
             client = server.connect()
         with client:
             with timed("configure the model"):

@@ -54,6 +54,8 @@ class Endpoint:
     """Where an engine has what is outside OpenAI's API; None if it has nothing of that."""
     extras: frozenset[Extra] = frozenset()
     """What it has there."""
+    fetches: bool = False
+    """Whether it is somebody else's, and may fetch from where it is what a request names by ``http(s)``."""
     api_key: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
@@ -379,5 +381,5 @@ def sort_kwargs(engine_type: EngineType, model_kwargs: Mapping[str, JsonValue]) 
                 detail["path"] = ".".join((paths.get((section, head), f"model_kwargs.{head}"), *rest))
                 details.append(detail)
     if details:
-        raise does_not_fit(details, hint="GET /llm/model_types/ lists every argument.")
+        raise does_not_fit(details, hint="GET /llm/model_types/ lists every argument. In Python: client.model_types().")
     return SortedKwargs(**values)

@@ -13,23 +13,24 @@ import io
 import json
 import os
 import random
-import re
 from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic_core import to_json
 from yarl import URL
 
+from llmkit.engines.addresses import GuardedResolver, NotCalled, origin_of, why_not_called
+from llmkit.engines.answer_memory import whole_answer
 from llmkit.engines.base import Endpoint
 from llmkit.engines.refusals import MAX_ERROR_BYTES, refusal, retry_after
 from llmkit.engines.sse import DONE, EventCutter, data_of, split_events
 from llmkit.errors import EngineGone, LLMKitError, TimedOut, UpstreamFailed, UpstreamUnreachable
 
-MAX_ANSWER_BYTES: Final = 64 << 20
+MAX_ANSWER_BYTES: Final = 36 << 20
+"""Of one that is only passed on; OpenAI's largest, 2,048 embeddings of 3,072 numbers in base64, has 33 MiB."""
 MAX_PARSED_BYTES: Final = 8 << 20
 """Of an answer that is not only passed on."""
 MAX_CONTAINERS: Final = 200_000
@@ -60,31 +61,7 @@ END_SECONDS: Final = 0.2
 LONGEST_WAIT_SECONDS: Final = 60.0
 """An endpoint that wants to be left alone for longer is not waited for."""
 
-_HOST: Final = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 NO_HEADERS: Final[Mapping[str, str]] = {}
-
-
-def origin_of(url: str) -> str:
-    """Give ``scheme://host:port`` of a URL, with the port always written.
-
-    Raises
-    ------
-    ValueError
-        If it is no http or https URL with a host, or carries a user name or password.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("the address must begin with http:// or https://")
-    if not parts.hostname:
-        raise ValueError("the address has no host")
-    if "@" in parts.netloc:
-        raise ValueError("the address must not carry a user name or password")
-    if "?" in url or "#" in url:
-        raise ValueError("the address must not have a query or a fragment")
-    if not _HOST.fullmatch(parts.hostname) and ":" not in parts.hostname:
-        raise ValueError("the host is no host name in ASCII letters")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
 
 def pause_before_retry(headers: Mapping[str, str], tries: int) -> float | None:
@@ -117,7 +94,11 @@ class EngineHTTP:
             connector = aiohttp.UnixConnector(str(endpoint.uds), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
         else:
             connector = aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, ssl=endpoint.ssl if endpoint.ssl is not None else True
+                limit=0,
+                keepalive_timeout=KEEP_ALIVE_SECONDS,
+                ssl=endpoint.ssl if endpoint.ssl is not None else True,
+                # Every connection goes to the proxy, where there is one, and where that is, the operator says.
+                resolver=None if endpoint.proxy else GuardedResolver(),
             )
         # Of each request: those of the session go to a proxy as well, and the key as if it were the proxy's.
         self._headers = {**endpoint.headers}
@@ -192,7 +173,7 @@ class EngineHTTP:
                 if _was_not_sent(error) and not stale:
                     stale = True  # a kept connection that the engine had closed: once more is safe
                     continue
-                if last:
+                if last or isinstance(getattr(error, "os_error", None), NotCalled):
                     raise
                 pause = pause_before_retry(NO_HEADERS, tries)
             else:
@@ -219,7 +200,10 @@ class EngineHTTP:
         endpoint = self.endpoint
         base, rest = (endpoint.root_url, path[1:]) if path.startswith("//") else (endpoint.base_url, path)
         assert base is not None  # noqa: S101  # callers look whether there is a root_url
-        url = self._urls[path] = URL(base.rstrip("/") + rest, encoded=True)
+        url = URL(base.rstrip("/") + rest, encoded=True)
+        if endpoint.uds is None and (why := why_not_called(url.raw_host or "")) is not None:
+            raise self._never(f"its host {why}")  # stored by an earlier version, or set in the environment
+        self._urls[path] = url
         return url
 
     # -- whole answers -------------------------------------------------------------------------------------
@@ -237,21 +221,21 @@ class EngineHTTP:
             return await self._read_object(response)
 
     async def _read_object(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
-        data = await _read(response, MAX_PARSED_BYTES, cut=False)
-        if len(data) <= IN_THREAD_BYTES:
-            answer = _object(data)
-        else:
-            async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
-                answer = await asyncio.to_thread(_object, data)
-        self._raise_error_in(answer, data)
+        async with whole_answer(response, MAX_PARSED_BYTES) as data:
+            if len(data) <= IN_THREAD_BYTES:
+                answer = _object(data)
+            else:
+                async with self._parsing:  # one at a time: each takes many times its bytes of memory meanwhile
+                    answer = await asyncio.to_thread(_object, data)
+            self._raise_error_in(answer, data)
         return answer
 
     async def status(self, path: str) -> tuple[int, Any]:
         """Send a GET and give its status with its JSON, or None where that is not JSON."""
         async with self.open(path, method="GET") as response:
             try:
-                data = await _read(response, MAX_PARSED_BYTES, cut=False)
-                return response.status, await asyncio.to_thread(_parse, data)
+                async with whole_answer(response, MAX_PARSED_BYTES) as data:
+                    return response.status, await asyncio.to_thread(_parse, data)
             except (ValueError, RecursionError):
                 return response.status, None
 
@@ -313,11 +297,11 @@ class EngineHTTP:
         """Raise the error that an answer of JSON with status 200 tells, if it does."""
         self._raise_error_in(_object(data), data)
 
-    def _raise_error_in(self, answer: dict[str, Any], data: bytes) -> None:
+    def _raise_error_in(self, answer: dict[str, Any], data: bytes | bytearray) -> None:
         """Raise the error that some endpoints send with status 200."""
         error = answer.get("error")
         if error:
-            raise self.error_of(error, data)
+            raise self.error_of(error, bytes(data))
 
     def error_of(self, error: Any, data: bytes) -> LLMKitError:
         """Give the error that an answer tells within itself: its own status counts, if it is one of an error."""
@@ -354,6 +338,8 @@ class EngineHTTP:
             why = "the proxy on the way to it cannot be reached"
         elif isinstance(error, aiohttp.ClientHttpProxyError):
             why = "the proxy on the way to it refused"
+        elif isinstance(error, aiohttp.ClientConnectorDNSError) and isinstance(error.os_error, NotCalled):
+            return self._never(str(error.os_error))
         elif isinstance(error, aiohttp.ClientConnectorDNSError):
             why = "its name is not known"
         elif isinstance(error, aiohttp.ClientConnectorError):
@@ -364,6 +350,13 @@ class EngineHTTP:
             f"Nothing usable answers at {self.endpoint.base_url}: {why}.",
             param="model_kwargs.base_url",
             hint="Check base_url, and that the endpoint is up and can be reached from the Jupyter server.",
+        )
+
+    def _never(self, why: str) -> UpstreamUnreachable:
+        return UpstreamUnreachable(
+            f"{self.endpoint.base_url} is never called: {why}.",
+            param="model_kwargs.base_url",
+            hint="Set base_url to an endpoint of models.",
         )
 
 
@@ -428,12 +421,18 @@ def _was_not_sent(error: Exception) -> bool:
 
 async def read_whole(response: aiohttp.ClientResponse) -> bytes:
     """Read an answer, or raise `UpstreamFailed` if it is too large."""
-    return await _read(response, MAX_ANSWER_BYTES, cut=False)
+    async with whole_answer(response, MAX_ANSWER_BYTES) as data:
+        return bytes(data)
 
 
 async def read_start(response: aiohttp.ClientResponse) -> bytes:
     """Read so much of an answer as is needed to say what it means."""
-    return await _read(response, MAX_ERROR_BYTES, cut=True)
+    data = bytearray()
+    async for part in response.content.iter_any():
+        data += part
+        if len(data) >= MAX_ERROR_BYTES:
+            break
+    return bytes(data[:MAX_ERROR_BYTES])
 
 
 async def finish_reading(response: aiohttp.ClientResponse) -> None:
@@ -454,25 +453,14 @@ async def finish_reading(response: aiohttp.ClientResponse) -> None:
             task.uncancel()
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool) -> bytes:
-    data = bytearray()  # in one piece: very many small ones would stay in the allocator
-    async for part in response.content.iter_any():
-        data += part
-        if len(data) > limit:
-            if cut:
-                break
-            raise UpstreamFailed(f"The answer is larger than {limit >> 20} MiB.")
-    return bytes(data[:limit])
-
-
-def _parse(data: bytes) -> Any:
+def _parse(data: bytes | bytearray) -> Any:
     """Parse JSON; a few bytes of it can take a hundred times as many of memory."""
     if len(data) > IN_THREAD_BYTES and data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
         raise UpstreamFailed("The endpoint's answer has too many parts.", hint="Check base_url and api.")
     return json.loads(data)
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def _object(data: bytes | bytearray) -> dict[str, Any]:
     try:
         value = _parse(data)
     except (ValueError, RecursionError) as error:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, JsonValue, StringConstraints
 
+from llmkit.engines.addresses import origin_of, why_not_called
 from llmkit.engines.base import (
     Endpoint,
     EngineContext,
@@ -26,7 +27,7 @@ from llmkit.engines.base import (
     does_not_fit,
     sort_kwargs,
 )
-from llmkit.engines.http import EngineHTTP, origin_of
+from llmkit.engines.http import EngineHTTP
 from llmkit.engines.outgoing import proxy_for, trusted_certificates
 from llmkit.engines.refusals import redact
 from llmkit.errors import LLMKitError, ModelNameNotFound, UpstreamFailed
@@ -109,7 +110,10 @@ class OpenAIEngineType:
     def check(self, configuration: Configuration) -> None:
         """Raise `DoesNotFit` if ``base_url`` cannot be called."""
         try:
-            self.origin(configuration)
+            host = urlsplit(self.origin(configuration)).hostname or ""
+            why = why_not_called(host)
+            if why is not None:
+                raise ValueError(f"{host} {why}")
         except ValueError as error:
             detail = {"path": "model_kwargs.base_url", "message": str(error)}
             raise does_not_fit([detail], hint="For example https://api.openai.com/v1.") from None
@@ -148,6 +152,7 @@ class OpenAIEngineType:
             timeout=arguments.get("timeout") or DEFAULT_TIMEOUT_SECONDS,
             max_retries=DEFAULT_RETRIES if retries is None else retries,
             proxy=proxy_for(base_url, self._environ),
+            fetches=True,
         )
         return OpenAIEngine(endpoint, arguments, self._environ)
 

@@ -11,6 +11,7 @@ from pydantic_core import to_json
 
 from llmkit.engines.base import does_not_fit
 from llmkit.errors import NotSupported, ParameterForbidden
+from llmkit.inference.bounds import check_schemas
 from llmkit.schemas import API
 
 PATHS: Final = {
@@ -23,6 +24,7 @@ PATHS: Final = {
 """What may be asked of an engine, and its path there, as `EngineHTTP.open` takes it."""
 
 FORBIDDEN: Final = {
+    "api_key": "The configuration has the key; one of the request would be sent on, and noted with its parameters.",
     "chat_template": "A template of the request is code that the engine would run.",
     "chat_template_kwargs": "The configuration decides how prompts are rendered: default_chat_template_kwargs.",
     "media_io_kwargs": "The configuration decides how media are read.",
@@ -31,6 +33,9 @@ FORBIDDEN: Final = {
     "vllm_xargs": "Engine internals are not for requests.",
     "kv_transfer_params": "Engine internals are not for requests.",
     "ec_transfer_params": "Engine internals are not for requests.",
+    "logits_processors": "Engine internals are not for requests.",
+    "mm_payload": "The engine would unpack it; send media as data URLs.",
+    "return_mm_kwargs": "Engine internals are not for requests.",
 }
 """What no request may carry, and why."""
 
@@ -71,6 +76,18 @@ def is_stream(body: Mapping[str, Any]) -> bool:
     return bool(stream)
 
 
+def check(body: Mapping[str, Any]) -> None:
+    """Refuse what no request may carry, before anything waits or is loaded for it.
+
+    Raises
+    ------
+    ParameterForbidden, DoesNotFit
+    """
+    for name in _FORBIDDEN_HERE.keys() & body.keys():
+        raise ParameterForbidden(f"`{name}` is not allowed in a request.", param=name, hint=_FORBIDDEN_HERE[name])
+    check_schemas(body)
+
+
 def to_call(
     api: str,
     body: Mapping[str, Any],
@@ -87,7 +104,7 @@ def to_call(
     api
         One of `PATHS`.
     body
-        What the client sent.
+        What the client sent, which `check` let pass.
     defaults
         Generation parameters of the configuration.
     model
@@ -99,13 +116,9 @@ def to_call(
 
     Raises
     ------
-    ParameterForbidden
-        For a parameter that a request may not carry.
     NotSupported
         If it is known that the model cannot do this.
     """
-    for name in _FORBIDDEN_HERE.keys() & body.keys():
-        raise ParameterForbidden(f"`{name}` is not allowed in a request.", param=name, hint=_FORBIDDEN_HERE[name])
     if api == "chat/completions" and model_api == "completions":
         raise NotSupported(
             f"`{body['model']}` completes text; it has no chat template.",

@@ -13,6 +13,7 @@ from llmkit.engines.base import does_not_fit, validation_details
 from llmkit.engines.http import MAX_PARSED_BYTES
 from llmkit.errors import LLMKitError, ParameterForbidden, UpstreamFailed
 from llmkit.inference import openai_api
+from llmkit.inference.bounds import check_schemas
 from llmkit.inference.openai_api import with_defaults
 from llmkit.inference.running import Running, read_usage
 from llmkit.schemas import API, GenerationParameters, InferenceAnswer, InferenceOptions, InferenceRequest, Usage
@@ -45,6 +46,7 @@ def read_options(request: InferenceRequest) -> InferenceOptions:
             raise ParameterForbidden(
                 f"`{name}` is not allowed in a request.", param=f"inference_kwargs.{name}", hint=why
             )
+    check_schemas(request.inference_kwargs, "inference_kwargs")
     known = {k: v for k, v in request.inference_kwargs.items() if k in GenerationParameters.model_fields}
     try:
         GenerationParameters.model_validate(known)  # the engine would say the same, less clearly
@@ -206,8 +208,8 @@ class Collector:
         known.name += name
         known.arguments.append(arguments)
 
-    def answer(self, running: Running) -> InferenceAnswer:
-        """Give the whole answer."""
+    def answer(self, running: Running, engine_version: str | None) -> InferenceAnswer:
+        """Give the whole answer of an engine of this version."""
         return InferenceAnswer(
             response="".join(self.text),
             model_id=running.answered_by or running.model_id,
@@ -216,6 +218,7 @@ class Collector:
             reasoning="".join(self.reasoning) or None,
             tool_calls=[self.tool_calls[i].to_wire() for i in sorted(self.tool_calls)] or None,
             logprobs=self.logprobs or None,
+            engine_version=engine_version,
             usage=self.usage,
             timings=running.timings(),
             cost=running.cost(),

@@ -152,7 +152,7 @@ def _refused(http: EngineHTTP, call: Call, status: int, body: bytes, headers: Ma
     if is_missing_path(status, body):
         raise NotSupported(
             f"{http.name} has no {call.path.lstrip('/')}, so this model cannot be asked for that.",
-            hint="GET /llm/models/ says what a loaded model can do.",
+            hint="GET /llm/models/ says what a loaded model can do. In Python: client.model(...).capabilities.",
         )
     key = http.endpoint.api_key
     try:

@@ -36,6 +36,8 @@ class Running:
     request_id: str = field(default_factory=new_request_id)
     priority: Priority = "interactive"
     stream: bool = False
+    key: str | None = None
+    """Name of the key for tools that it came with."""
     task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
     error: LLMKitError | None = None
     """Why somebody else ended it."""
@@ -150,6 +152,7 @@ class Running:
             self.api,
             self.priority,
             self.stream,
+            self.key,
             self.started_at,
             outcome,
             status,
@@ -169,6 +172,7 @@ class Running:
             api=self.api,
             priority=self.priority,
             stream=self.stream,
+            tool_key=self.key,
             started_at=datetime.fromtimestamp(self.started_at, UTC),
             status=self.status,
             position=position,
@@ -181,8 +185,8 @@ def read_record(recorded: Recorded) -> dict[str, Any]:
     (*head, queue, load, first_token, total, rate, prompt, completion, tokens, amount, currency, request, response) = (
         recorded
     )
-    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "started_at", "outcome", "status")
-    fields = dict(zip((*names, "error"), head, strict=True))
+    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "tool_key", "started_at")
+    fields = dict(zip((*names, "outcome", "status", "error"), head, strict=True))
     return {
         **fields,
         "started_at": datetime.fromtimestamp(fields["started_at"], UTC),

@@ -30,7 +30,9 @@ def panel(client: Client | None = None) -> Panel:
 
     Examples
     --------
-    >>> llmkit.panel()  # doctest: +SKIP
+    >>> import llmkit
+    >>> llmkit.panel()
+    llmkit panel (run this cell to show it)
     """
     return Panel(client)
 

@@ -11,6 +11,7 @@ import ipywidgets as w
 from IPython.display import display
 
 from llmkit.client import Client, ModelType, Watcher, connect
+from llmkit.client.conversations import KeptConversations
 from llmkit.errors import LLMKitError
 from llmkit.panel import markup
 from llmkit.panel.compare_tab import CompareTab
@@ -21,7 +22,7 @@ from llmkit.panel.models_tab import ModelsTab
 from llmkit.panel.prompt_tab import PromptTab
 from llmkit.panel.run_card import RUN_CARD
 from llmkit.panel.widgets import STATIC, Kit, assign, beside_cells, close_all, show
-from llmkit.schemas import Conversation, ConversationList, Snapshot
+from llmkit.schemas import Conversation, Snapshot
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -47,14 +48,14 @@ class Found:
     snapshot: Snapshot
     types: list[ModelType]
     may: frozenset[str]
-    conversations: ConversationList
+    conversations: KeptConversations
     latest: Conversation | None
 
 
 def look(client: Client) -> Found:
     """Ask a server for all of it."""
     snapshot, types, may = client.snapshot(), client.model_types(), client.permissions()
-    conversations, latest = ConversationList(conversations=[], kept=False), None
+    conversations, latest = KeptConversations(conversations=[], kept=False), None
     with contextlib.suppress(LLMKitError):  # an older server
         conversations = client.conversations()
         if conversations.conversations:  # it may be deleted just now

@@ -179,6 +179,9 @@ class ConfigureTab:
     def _on_change(self) -> None:
         if (key := self.form.key) is not None:
             key[1].refresh()
+        if self.form.is_changed and not self._saving:
+            # Not when a check ends: that may be of what was typed before it was saved, and hide what that gave.
+            assign(self._result, value="")
         self._checker.changed()
 
     def _begin_check(self) -> Callable[[], Checked] | None:
@@ -212,7 +215,6 @@ class ConfigureTab:
     def _end_check(self, error: LLMKitError | None) -> None:
         rest = self.form.complain(error, typing=True)
         assign(self._problem, value=markup.error_card(rest) if rest is not None else "")
-        assign(self._result, value="")
 
     def _forget_check(self) -> None:
         self._checker.drop()

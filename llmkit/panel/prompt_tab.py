@@ -8,6 +8,7 @@ from typing import Any
 
 import ipywidgets as w
 
+from llmkit.client.conversations import KeptConversations
 from llmkit.errors import LLMKitError
 from llmkit.panel import code, conversation, markup
 from llmkit.panel.asking import Asking, Outcome
@@ -17,7 +18,7 @@ from llmkit.panel.desk import Desk
 from llmkit.panel.options import generation_options, offer_models
 from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import assign, beside_cells, show
-from llmkit.schemas import Conversation, ConversationList, ConversationRequest, ConversationSummary, Model, Snapshot
+from llmkit.schemas import Conversation, ConversationRequest, ConversationSummary, Model, Snapshot
 
 IMAGE_TYPES = "image/png,image/jpeg,image/webp,image/gif"
 MAX_IMAGE_BYTES = 4 << 20
@@ -193,12 +194,15 @@ class PromptTab:
 
     # -- conversations -----------------------------------------------------------------------------------------
 
-    def restore(self, known: ConversationList, latest: Conversation | None) -> None:
+    def restore(self, known: KeptConversations, latest: Conversation | None) -> None:
         """Go on with the conversation that was changed last, after the kernel or the page began anew."""
         self.keeper.enabled = known.kept and "execute" in self._desk.may
         if latest is not None:
             self._open(latest)
         self._list(known.conversations)
+        if known.unreadable:
+            which = "1 conversation is" if known.unreadable == 1 else f"{known.unreadable} conversations are"
+            self._say(markup.note(f"{which} not listed: this version of llmkit cannot read what the server keeps."))
 
     def tick(self) -> None:
         """Keep what was changed since the last time."""

@@ -18,7 +18,7 @@ What it knows about processes, other modules of this package use too; importing 
 """
 
 # pathlib would add half to the time of the start.
-# ruff: noqa: PTH105, PTH106, PTH108, PTH116, PTH118, PTH123, PTH208
+# ruff: noqa: PTH105, PTH106, PTH108, PTH110, PTH116, PTH118, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn
 
 ENGINE_ID = "LLMKIT_ENGINE_ID"
@@ -42,6 +42,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PARENT_CHECK_SECONDS = 1.0
 _LONGEST_PAUSE = 0.05
 _TRACKER_SECONDS = 1.0
+_SHARED = b"/dev/shm/"
+_SETTLED_NS = 2_000_000_000
 
 
 class Process(NamedTuple):
@@ -142,6 +144,26 @@ def _is_resource_tracker(process: Process) -> bool:
         return False
 
 
+def shared_memory(processes: Iterable[Process]) -> set[str]:
+    """Give the files of shared memory that processes have mapped, by their paths."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/maps", "rb") as file:
+            found |= {line[line.index(_SHARED) :].rstrip(b"\n") for line in file if _SHARED in line}
+    return {os.fsdecode(path) for path in found if not path.endswith(b" (deleted)")}
+
+
+def remove_shared_memory(paths: set[str]) -> None:
+    """Remove what a tree that is gone has left of shared memory: a process that is killed removes none of its own.
+
+    What anybody else has mapped stays.
+    """
+    left = {path for path in paths if os.path.exists(path)}
+    if left:
+        for path in left - shared_memory(found.process for found in all_stats()):
+            remove(path)
+
+
 # -- ending ------------------------------------------------------------------------------------------------
 
 
@@ -172,9 +194,14 @@ def is_alive(process: Process) -> bool:
 
 
 def end_all(
-    find: Callable[[], list[Process]], grace: float, *, first: Process | None = None, bound: float | None = None
+    find: Callable[[], list[Process]],
+    grace: float,
+    *,
+    first: Process | None = None,
+    bound: float | None = None,
+    shared: Iterable[str] = (),
 ) -> bool:
-    """End every process that ``find`` gives, until it gives none.
+    """End every process that ``find`` gives, until it gives none, and remove the shared memory that they leave.
 
     Parameters
     ----------
@@ -186,6 +213,8 @@ def end_all(
         Gets its SIGTERM before all others, and half of the grace to end them in good order.
     bound
         Seconds after which to give up; None is never.
+    shared
+        Files of shared memory that those which have ended already had mapped.
 
     Returns
     -------
@@ -195,7 +224,13 @@ def end_all(
     began = time.monotonic()
     pause = 0.002
     asked: set[Process] = set()
-    while left := find():
+    mapped = set(shared)
+    seen: set[Process] = set()
+    # A look misses a process whose parent ends just then, and which has another one when the look comes to it.
+    while left := find() or [process for process in seen if is_alive(process)]:
+        if not seen:
+            mapped |= shared_memory(left)
+        seen.update(left)
         waited = time.monotonic() - began
         if bound is not None and waited > bound:
             return False
@@ -214,6 +249,7 @@ def end_all(
                     send(process, signal.SIGKILL)
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
+    remove_shared_memory(mapped)
     return True
 
 
@@ -255,6 +291,8 @@ class Guardian:
         self._command = command
         self._engine: Process | None = None
         self._stopping = False
+        self._shared: set[str] = set()
+        self._looked_at = 0
 
     def run(self) -> None:
         """Start the engine, keep it, end it."""
@@ -266,7 +304,7 @@ class Guardian:
             self._write_record()
             self._keep(wake)
         finally:
-            end_all(self._tree, self._grace, first=self._engine)
+            end_all(self._tree, self._grace, first=self._engine, shared=self._shared)
             remove_run_dir(self._run_dir)
 
     def _catch_signals(self) -> int:
@@ -330,6 +368,18 @@ class Guardian:
             if os.getppid() != self._server:
                 return
             self._reap()
+            self._note_shared_memory()
+
+    def _note_shared_memory(self) -> None:
+        """Note what the engine has mapped: a process that is killed alone takes what only it knew with it."""
+        try:
+            changed = os.stat(_SHARED).st_mtime_ns
+        except OSError:
+            return
+        # What has just been made is looked at once more: it may not be mapped yet.
+        if changed > self._looked_at - _SETTLED_NS:
+            self._looked_at = time.time_ns()
+            self._shared |= shared_memory(self._tree())
 
     def _tree(self) -> list[Process]:
         self._reap()

@@ -23,8 +23,10 @@ from llmkit.errors import (
     LLMKitError,
     ModelLiveElsewhere,
 )
+from llmkit.inference.bounds import check_schemas
 from llmkit.registry.database import explain
 from llmkit.registry.presence import Presence
+from llmkit.registry.rules import Rules
 from llmkit.registry.secrets import (
     ARGUMENT,
     KeyPolicy,
@@ -56,10 +58,12 @@ class Configurations:
         policy: KeyPolicy,
         environ: Mapping[str, str],
         url: str = "",
+        rules: Rules | None = None,
     ) -> None:
         self._state_dir = state_dir
         self._engine_types = engine_types
         self._policy = policy
+        self._rules = rules or Rules()
         self._environ = environ
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="llmkit-store")
         self._url = url
@@ -193,7 +197,12 @@ class Configurations:
         if engine_type is None:
             known = ", ".join(f"`{name}`" for name in self._engine_types)
             raise does_not_fit([{"path": "model_type", "message": f"must be one of {known}"}])
-        return engine_type, sort_kwargs(engine_type, request.model_kwargs)
+        kwargs = sort_kwargs(engine_type, request.model_kwargs)
+        flat = {name: value for name, value in kwargs.generation.items() if name in request.model_kwargs}
+        check_schemas(flat, "model_kwargs")
+        nested = {name: value for name, value in kwargs.generation.items() if name not in flat}
+        check_schemas(nested, "model_kwargs.generation")
+        return engine_type, kwargs
 
     def engine_type(self, configuration: Configuration) -> EngineType:
         """Give the type of a stored configuration, or raise `EngineNotInstalled`."""
@@ -207,6 +216,10 @@ class Configurations:
     def sorted(self, configuration: Configuration) -> SortedKwargs:
         """Give the arguments of a stored configuration."""
         return sort_kwargs(self.engine_type(configuration), configuration.model_kwargs)
+
+    def check_allowed(self, configuration: Configuration) -> None:
+        """Raise `RefusedByOperator` if a stored configuration asks for what is not allowed, perhaps no longer."""
+        self._rules.check(configuration, self.engine_type(configuration), self.sorted(configuration))
 
     async def is_same(self, request: ModelConfigRequest, stored: Configuration) -> bool:
         """Tell whether a request asks for what is stored; keys are compared by digest."""
@@ -242,8 +255,8 @@ class Configurations:
         key = key_of(request.model_kwargs)
         if key is not None and not (isinstance(key, str) and key.startswith("env:")):
             raise KeyMissing("A declared configuration takes its key from a variable.", hint="Write env:NAME.")
-        configuration, _ = self._part(request, str(uuid5(_DECLARED, request.model_id)), None)
-        return configuration.model_copy(update={"declared": True})
+        configuration, _ = self._part(request, str(uuid5(_DECLARED, request.model_id)), None, declared=True)
+        return configuration
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -352,12 +365,13 @@ class Configurations:
         return self._policy.resolve(key, origin, self._environ, secret, is_default=is_default)
 
     def _part(
-        self, request: ModelConfigRequest, config_id: str, kept: Secret | None
+        self, request: ModelConfigRequest, config_id: str, kept: Secret | None, *, declared: bool = False
     ) -> tuple[Configuration, Secret | None]:
         """Check a request and part it from its raw key, which a mark then stands for."""
-        engine_type, _ = self.check(request)
-        configuration = Configuration(config_id=config_id, **request.model_dump())
+        engine_type, arguments = self.check(request)
+        configuration = Configuration(config_id=config_id, declared=declared, **request.model_dump())
         engine_type.check(configuration)
+        self._rules.check(configuration, engine_type, arguments)
         origin = engine_type.origin(configuration)
         given = key_of(request.model_kwargs)
         if given is None:
@@ -387,6 +401,7 @@ def exists(stored: Configuration) -> ConfigurationExists:
     return ConfigurationExists(
         f"`{stored.model_id}` is configured already, and differently.",
         param="model_id",
-        hint=f"PUT /llm/configuration/{stored.config_id} changes it; another model_id makes another model.",
+        hint=f"PUT /llm/configuration/{stored.config_id} changes it; another model_id makes another model. "
+        f"In Python: client.update({stored.model_id!r}, ...).",
         details={"config_id": stored.config_id},
     )

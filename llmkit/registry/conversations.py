@@ -182,7 +182,13 @@ class Conversations:
             self._database = _ConversationFile(self._state_dir)
         return self._database
 
+    def _has_none(self) -> bool:
+        """Say whether nothing was ever kept: to read makes no file."""
+        return self._database is None and not (self._state_dir / _ConversationFile.schema.file_name).exists()
+
     def _summaries(self) -> list[ConversationSummary]:
+        if self._has_none():
+            return []
         columns = "conversation_id, title, model_id, turns, revision, updated_at"
         with self._opened().read() as connection:
             rows = connection.execute(f"SELECT {columns} FROM conversations ORDER BY id DESC").fetchall()  # noqa: S608
@@ -195,6 +201,8 @@ class Conversations:
         return summaries
 
     def _get(self, conversation_id: str) -> Conversation:
+        if self._has_none():
+            raise _not_found(conversation_id)
         with self._opened().read() as connection:
             row = connection.execute(
                 "SELECT revision, updated_at, body FROM conversations WHERE conversation_id = ?", (conversation_id,)

@@ -107,6 +107,7 @@ class Loader:
         why_not = unavailable(engine_type, configuration, self.cluster)
         if why_not is not None:
             raise why_not
+        self._stored.check_allowed(configuration)
         self._unreleased.discard(configuration.config_id)
         await self._claim(configuration)
         estimate = await self._estimate(configuration)
@@ -182,6 +183,7 @@ class Loader:
         why_not = unavailable(self._stored.engine_type(configuration), configuration, self.cluster)
         if why_not is not None:
             raise why_not
+        self._stored.check_allowed(configuration)
         estimate = await self._estimate(configuration)
         head = {"model_id": configuration.model_id, "config_id": configuration.config_id}
         if estimate is None:

@@ -692,5 +692,5 @@ class Model:
             raise ModelNotLoaded(
                 f"`{model_id}` is {state}.",
                 param="model_id",
-                hint=f"POST /llm/load_model/{config_id} loads it.",
+                hint=f"POST /llm/load_model/{config_id} loads it. In Python: client.load({model_id!r}).",
             )

@@ -35,10 +35,12 @@ from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.conversations import MOST, MOST_BYTES, Conversations
 from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
+from llmkit.registry.keys import ToolKeys
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
 from llmkit.registry.readiness import Mode, Readiness
-from llmkit.registry.requests import Requests, no_engine_here
+from llmkit.registry.requests import Requests, find_for, no_engine_here
+from llmkit.registry.rules import Rules
 from llmkit.registry.secrets import KeyPolicy, Secret
 from llmkit.schemas import (
     API_VERSION,
@@ -48,6 +50,7 @@ from llmkit.schemas import (
     ModelConfigRequest,
     Snapshot,
 )
+from llmkit.tool_keys import ToolKey
 
 REFRESH_SECONDS = 0.5
 EXPIRY_SECONDS = 0.25
@@ -66,6 +69,7 @@ class Settings:
     state_dir: Path
     run_dir: Path
     secret_origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
     max_in_flight: int = 64
     max_queued: int = 256
     max_loaded_models: int = 0
@@ -120,6 +124,8 @@ class ModelRegistry:
         Prompts go there.
     conversations
         Those that are kept.
+    keys
+        Keys for tools.
     """
 
     def __init__(
@@ -136,7 +142,12 @@ class ModelRegistry:
         self._changes = Changes(emit)
         self._log = logger
         self._stored = Configurations(
-            settings.state_dir, self.engine_types, KeyPolicy(settings.secret_origins), environ, settings.url
+            settings.state_dir,
+            self.engine_types,
+            KeyPolicy(settings.secret_origins),
+            environ,
+            settings.url,
+            settings.rules,
         )
         self._models: dict[str, Model] = {}
         devices = devices or Devices()
@@ -176,6 +187,7 @@ class ModelRegistry:
         self.conversations = Conversations(
             settings.state_dir, most=settings.max_conversations, most_bytes=settings.max_conversation_bytes
         )
+        self.keys = ToolKeys(settings.state_dir, logger)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._behind = False
@@ -207,8 +219,10 @@ class ModelRegistry:
                 # The operator reads the log; the other models are served meanwhile.
                 self._log.error("c.LLMKitApp.configurations: %s", error)
         await self._history.open()
+        await self.keys.catch_up()
         self._metrics.show()
         self._spawn(self._follow_other_servers())
+        self._spawn(self.keys.follow())
         self._spawn(self._expire())
         self._spawn(self._readiness.watch())
 
@@ -232,6 +246,7 @@ class ModelRegistry:
         self._metrics.hide()
         await self._history.close()
         await self.conversations.close()
+        await self.keys.close()
         await self._stored.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -248,7 +263,8 @@ class ModelRegistry:
 
     def health(self) -> Health:
         """Say whether registry and store are well."""
-        problems = [*self._stored.problems(), *self._history.problems(), *self.conversations.problems()]
+        parts = (self._stored, self._history, self.conversations, self.keys)
+        problems = [problem for part in parts for problem in part.problems()]
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,
@@ -340,14 +356,15 @@ class ModelRegistry:
         """Give the ``model_id`` of every loaded model."""
         return [m.configuration.model_id for m in self._models.values() if m.status == "loaded"]
 
-    def openai_models(self) -> list[dict[str, Any]]:
+    def openai_models(self, key: ToolKey | None = None) -> list[dict[str, Any]]:
         """Give the models that can be asked now, loaded or loaded by a request, as OpenAI's API lists models."""
         models = (model for model in self._models.values() if model.status == "loaded" or model.configuration.auto_load)
-        return [self.openai_model(model.configuration.model_id) for model in models]
+        ids = (model.configuration.model_id for model in models)
+        return [self.openai_model(model_id) for model_id in ids if key is None or key.allows(model_id)]
 
-    def openai_model(self, model_id: str) -> dict[str, Any]:
+    def openai_model(self, model_id: str, key: ToolKey | None = None) -> dict[str, Any]:
         """Give one model as OpenAI's API tells of models, or raise `ModelNotFound`."""
-        model = self._by_model_id(model_id).snapshot()
+        model = find_for(key, self._by_model_id, model_id).snapshot()
         return {
             "id": model.model_id,
             "object": "model",
@@ -369,6 +386,8 @@ class ModelRegistry:
         for engine_type in self.engine_types.values():
             reason = engine_type.unavailable()
             arguments = engine_type.arguments.model_json_schema()
+            for name in self._settings.rules.hidden_arguments:
+                arguments["properties"].pop(name, None)
             described.append(
                 {
                     "name": engine_type.name,
@@ -390,7 +409,7 @@ class ModelRegistry:
         raise ConfigurationNotFound(
             f"There is no configuration {config_id[:64]!r}.",
             param="config_id",
-            hint="GET /llm/configurations/ lists them.",
+            hint="GET /llm/configurations/ lists them. In Python: client.configurations().",
         )
 
     def _for_request(self, model_id: str) -> Model:
@@ -506,7 +525,9 @@ class ModelRegistry:
         self._check_writable(stored)
         if request.model_id != stored.model_id:
             detail = {"path": "model_id", "message": f"must stay `{stored.model_id}`"}
-            raise does_not_fit([detail], hint="POST /llm/configure_model/ makes another model.")
+            raise does_not_fit(
+                [detail], hint="POST /llm/configure_model/ makes another model. In Python: client.configure(...)."
+            )
         if await self._stored.is_same(request, stored):
             return _Change(model, stored, stored)
         configuration, secret = await self._stored.prepare(request, stored)
@@ -520,7 +541,7 @@ class ModelRegistry:
         if new_engine and model.live and not reload:
             raise ModelIsLoaded(
                 f"`{stored.model_id}` is {model.status}; its engine cannot change while it runs.",
-                hint="Unload it first, or send the same with ?reload=true.",
+                hint="Unload it first, or send the same with ?reload=true. In Python: client.update(..., reload=True).",
             )
         return _Change(model, stored, configuration, secret, new_engine=new_engine)
 
@@ -540,7 +561,8 @@ class ModelRegistry:
         if model.live and not unload:
             raise ModelIsLoaded(
                 f"`{configuration.model_id}` is {model.status}.",
-                hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true.",
+                hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true. "
+                f"In Python: client.delete({configuration.model_id!r}, unload=True).",
             )
         # Out of use first, so that nobody can load it again meanwhile.
         self._retire_deleted(model)

@@ -30,6 +30,7 @@ from llmkit.errors import (
     WrongState,
 )
 from llmkit.inference import openai_api
+from llmkit.inference.bounds import check_media
 from llmkit.inference.metrics import Metrics
 from llmkit.inference.prompting import Collector, read_options, to_openai
 from llmkit.inference.relay import WholeAnswer, Write, relay
@@ -37,6 +38,7 @@ from llmkit.inference.running import Running
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
 from llmkit.schemas import InferenceAnswer, InferenceRequest, Outcome, Priority, RequestList, RunningRequest
+from llmkit.tool_keys import ToolKey
 
 CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that has left before its answer."""
@@ -86,6 +88,7 @@ class Requests:
         send: Send | None = None,
         *,
         priority: Priority = "interactive",
+        key: ToolKey | None = None,
         known: Known | None = None,
     ) -> InferenceAnswer:
         """Answer a prompt.
@@ -98,6 +101,8 @@ class Requests:
             Called with the frames of a streamed answer, as many at once as have come, and awaited before more is read.
         priority
             The class of the request in the queue.
+        key
+            The key for tools that it came with: it asks only the models that this one may, also as a fallback.
         known
             Called once, with the request, before anything is waited for.
 
@@ -106,8 +111,8 @@ class Requests:
         LLMKitError
         """
         options = read_options(request)
-        model = self._find(request.model_id)
-        running = Running(request.model_id, "inference", priority=priority, stream=send is not None)
+        model = find_for(key, self._find, request.model_id)
+        running = Running(request.model_id, "inference", priority=priority, stream=send is not None, key=_name_of(key))
         if options.request_id is not None:
             running.request_id = options.request_id
         if running.request_id in self._running:
@@ -120,6 +125,8 @@ class Requests:
         async def ask(model: Model, turn: Turn) -> InferenceAnswer:
             http = turn.http
             api = turn.capabilities.api or "chat"
+            is_ours = not http.endpoint.fetches
+            check_media(request.inference_kwargs, is_ours=is_ours, at="inference_kwargs")
             for adds_options in _tries(http):
                 path, body = to_openai(
                     request, options, model.generation, api, http.endpoint.model, stream_options=adds_options
@@ -137,9 +144,9 @@ class Requests:
                 break
             running.usage = collector.usage
             running.keep("".join(collector.text).encode("utf-8", "replace"))
-            return collector.answer(running)
+            return collector.answer(running, turn.capabilities.engine_version)
 
-        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, known=known)
+        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known)
 
     async def relay(
         self,
@@ -149,6 +156,7 @@ class Requests:
         *,
         priority: Priority = "interactive",
         headers: Mapping[str, str] | None = None,
+        key: ToolKey | None = None,
         known: Known | None = None,
     ) -> WholeAnswer | None:
         """Answer a request of OpenAI's API, with the engine's own words.
@@ -161,7 +169,7 @@ class Requests:
             OpenAI's; ``model`` is a ``model_id``.
         write
             Takes whole events of a streamed answer, and is awaited before more is read.
-        priority, known
+        priority, key, known
             As in `infer`.
         headers
             Of the client's request, those that the engine may see.
@@ -175,11 +183,14 @@ class Requests:
         ------
         LLMKitError
         """
-        model = self._find(openai_api.model_of(body))
-        running = Running(model.configuration.model_id, api, priority=priority, stream=openai_api.is_stream(body))
+        model = find_for(key, self._find, openai_api.model_of(body))
+        openai_api.check(body)
+        model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
+        running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key))
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
+            check_media(body, is_ours=not http.endpoint.fetches)
             if api == "tokenize" and "tokenize" not in http.endpoint.extras:
                 raise no_engine_here(model)
             for adds_options in _tries(http):
@@ -204,7 +215,7 @@ class Requests:
                     break
             return answer
 
-        return await self._run(model, running, ask, known=known)
+        return await self._run(model, running, ask, key=key, known=known)
 
     async def _run(
         self,
@@ -213,6 +224,7 @@ class Requests:
         ask: Callable[[Model, Turn], Awaitable[T]],
         *,
         idle_ttl: float | None = None,
+        key: ToolKey | None = None,
         known: Known | None = None,
     ) -> T:
         """Ask a model, or its fallback, and note how it ends."""
@@ -232,7 +244,7 @@ class Requests:
                     break
                 except LLMKitError as error:
                     tried.append(model)
-                    following = self._fallback_of(model, error, tried)
+                    following = self._fallback_of(model, error, tried, key)
                     if following is None or running.answering:
                         raise
                     model = following
@@ -244,6 +256,7 @@ class Requests:
             return answer
         except LLMKitError as raised:
             outcome, status, code = _outcome_of(raised), raised.status, raised.code
+            _part_from_its_origin(raised)
             raise
         except asyncio.CancelledError:
             outcome, status = "cancelled", CLIENT_CLOSED_REQUEST
@@ -252,11 +265,13 @@ class Requests:
             del self._running[running.request_id]
             self._note(running, outcome, int(status), code)
 
-    def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model]) -> Model | None:
+    def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model], key: ToolKey | None) -> Model | None:
         """Give the model to ask instead, or None."""
         name = model.configuration.fallback
         failed = isinstance(error, ModelNotLoaded) and model.status == "failed"
         if name is None or not (failed or isinstance(error, _WORTH_ANOTHER)):
+            return None
+        if key is not None and not key.allows(name):
             return None
         try:
             following = self._find(name)
@@ -311,10 +326,10 @@ class Requests:
         recent = await self._history.recent(limit, model_id)
         return RequestList(running=self.running(model_id), recent=recent)
 
-    def cancel(self, request_id: str) -> None:
-        """End a running request, or raise `RequestNotFound`."""
+    def cancel(self, request_id: str, key: ToolKey | None = None) -> None:
+        """End a running request, with a key for tools only one of its own, or raise `RequestNotFound`."""
         running = self._running.get(request_id)
-        if running is None:
+        if running is None or (key is not None and running.key != key.name):
             raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
         running.abort(RequestCancelled("The request was cancelled.", hint="Somebody deleted it by its request_id."))
 
@@ -325,6 +340,24 @@ def no_engine_here(model: Model) -> NotSupported:
         f"`{model.configuration.model_id}` runs elsewhere, and its endpoint does not offer this.",
         param="model",
     )
+
+
+def find_for(key: ToolKey | None, find: Callable[[str], Model], model_id: str) -> Model:
+    """Give a model that a key may ask, or raise `ModelNotFound`, which tells nothing of the names of others."""
+    if key is None:
+        return find(model_id)
+    with suppress(ModelNotFound):
+        if key.allows(model_id):
+            return find(model_id)
+    raise ModelNotFound(
+        f"There is no model {model_id[:128]!r} for the key `{key.name}`.",
+        param="model_id",
+        hint="GET /llm/v1/models lists those that it may ask.",
+    )
+
+
+def _name_of(key: ToolKey | None) -> str | None:
+    return None if key is None else key.name
 
 
 def _tries(http: EngineHTTP) -> tuple[bool, ...]:
@@ -358,6 +391,15 @@ async def _collect(http: EngineHTTP, path: str, body: dict[str, Any], running: R
             if failure is not None:
                 raise failure
     return collector
+
+
+def _part_from_its_origin(error: LLMKitError) -> None:
+    """Let go of where an error was raised, and of the errors that it was made of.
+
+    They hold what the engine sent, which can be megabytes, and each other; together they would stay until Python
+    collects garbage, which in a server of few objects is seldom.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:

@@ -23,7 +23,7 @@ from uuid import UUID, uuid4
 
 from pydantic import JsonValue
 
-from llmkit.engines.http import origin_of
+from llmkit.engines.addresses import origin_of
 from llmkit.errors import KeyMissing, KeyNotAllowed
 from llmkit.schemas import Configuration
 

@@ -73,10 +73,34 @@ def draw_loads(figures: dict[str, Any], target: str) -> None:
     figure.savefig(target, dpi=110)
 
 
+def draw_long_run(figures: dict[str, Any], target: str) -> None:
+    """Draw what a server held over a long run: memory, what is counted, databases."""
+    samples = figures["samples"]
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    parts = {
+        "memory of the server, MiB": ("rss_mib", "pss_mib"),
+        "counted": ("files", "threads", "processes", "tasks"),
+        "entries of folders": ("run_dir_entries", "state_dir_entries", "tmp_entries", "shm_entries"),
+        "databases, MiB": ("sqlite_llmkit_mib", "sqlite_requests_mib", "sqlite_conversations_mib"),
+    }
+    figure, four = plt.subplots(2, 2, figsize=(10, 5.6), layout="constrained", sharex=True)
+    for axes, (title, names) in zip(four.flat, parts.items(), strict=True):
+        for name in names:
+            axes.plot(minutes, [sample[name] for sample in samples], linewidth=1, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=7)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in four[1]:
+        axes.set_xlabel("minutes", fontsize=8)
+    figure.savefig(target, dpi=110)
+
+
 def main(part: str, source: str, target: str) -> None:
     """Draw the figures of one file into another."""
     figures = json.loads(Path(source).read_text())[part]["figures"]
-    {"relay": draw_relay, "loads": draw_loads}[part](figures, target)
+    {"relay": draw_relay, "loads": draw_loads, "long_run": draw_long_run}[part](figures, target)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,18 @@ def test_it_says_its_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("load",), ("nonsense",), ("load", "a", "--wait=perhaps"), ("logs", "a", "--tail=x")]
+    "words",
+    [
+        (),
+        ("load",),
+        ("nonsense",),
+        ("load", "a", "--wait=perhaps"),
+        ("logs", "a", "--tail=x"),
+        ("run", "a", "b", "--temperature=nan"),
+        ("unload", "a", "--drain=inf"),
+        ("configure", "a", "b", "--type=openai", "--idle-ttl=nan"),
+        ("run", "a", "b", "--set", "x=" + "[" * 50_000),
+    ],
 )
 def test_wrong_usage_is_status_2(words: tuple[str, ...]) -> None:
     done = run(*words)

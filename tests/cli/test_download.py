@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fake_hub import COMMIT, FakeHub
 from support import wait_until
@@ -143,6 +144,43 @@ def test_the_token_goes_to_the_hub(hub: FakeHub, tmp_path: Path, name: str) -> N
     assert {header for _, _, header in hub.asked[before:]} == {None}
 
 
+def test_a_line_that_breaks_again_and_again_is_no_end_while_something_comes(hub: FakeHub, tmp_path: Path) -> None:
+    hub.bytes_per_answer, hub.busy = 5 << 20, 2
+    status, out, err = download(hub, tmp_path / "home", "some/larger")
+    assert status == 0, err
+    assert (Path(out.strip()) / "model.safetensors").stat().st_size == SIZE
+    hub.bytes_per_answer = 0
+    status, _, err = download(hub, tmp_path / "other", "some/larger")
+    assert (status, "goes on with what is here" in err) == (1, True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends no process with a signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_command_ends_the_download(hub: FakeHub, tmp_path: Path, number: signal.Signals) -> None:
+    hub.bytes_per_second = 4 << 20
+    process = start(hub, tmp_path / "home", "some/larger")
+    wait_until(lambda: list(tmp_path.glob("home/**/*.llmkit.incomplete")), "some bytes", 30)
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == -number
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the end of the download")
+
+
+def test_a_model_without_weights_that_an_engine_loads_is_told(hub: FakeHub, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "model-q4.gguf").write_bytes(b"weights")
+    hub.models["some/gguf"] = other
+    status, out, err = download(hub, tmp_path / "home", "some/gguf")
+    assert (status, out) == (1, "")
+    assert "no weights" in err
+    assert "--all" in err
+    status, out, _ = download(hub, tmp_path / "home", "some/gguf", "--all")
+    assert (status, (Path(out.strip()) / "model-q4.gguf").read_bytes()) == (0, b"weights")
+
+
 FULL = """
 import json
 from pathlib import Path
@@ -165,6 +203,20 @@ def test_a_disk_that_is_too_small_is_told_before_anything_comes(hub: FakeHub, tm
     assert told["details"] == {"needed_bytes": SIZE + 2, "free_bytes": 1000}
     assert "40 MiB" in told["message"]
     assert not [path for _, path, _ in hub.asked if "/resolve/" in path]
+
+
+def test_what_another_revision_has_takes_no_room(hub: FakeHub, tmp_path: Path) -> None:
+    status, out, err = download(hub, tmp_path / "home", "some/larger")
+    assert status == 0, err
+    # As if it was another revision that came: the same weights, in the snapshot of another commit.
+    Path(out.strip()).rename(Path(out.strip()).with_name("1" * 40))
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout)["details"]["needed_bytes"] == 2  # config.json: the fake hub names no blob of it
+    status, out, _ = download(hub, tmp_path / "home", "some/larger", "--json")
+    assert (status, json.loads(out)["downloaded_bytes"]) == (0, 2)
 
 
 def test_without_the_library_it_says_how_to_get_it(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from fake_engine_type import PLUGIN
 from mock_upstream import MockUpstream
 from support import JupyterServer, wait_until
 
-from llmkit.client import Client, connect
+from llmkit.client import Client, connect, loading
+from llmkit.errors import LoadCancelled
 
 CANARY = "sk-canary-Zq3vT8"
 
@@ -73,6 +76,46 @@ def test_another_configuration_takes_the_place_only_with_replace_and_keeps_the_k
     assert (changed["model_name"], "description" in changed) == ("gpt-4o-mini", False)
     assert CANARY not in json.dumps(changed)
     assert as_json("load", "m")["status"] == "loaded"
+
+
+@pytest.mark.parametrize("given", ["raw", "env:SOME_API_KEY"])
+def test_a_key_under_engine_stays_too(
+    as_json: Callable[..., Any], client: Client, upstream: MockUpstream, given: str
+) -> None:
+    key = CANARY if given == "raw" else given
+    before = client.configure("m", "gpt-3", "openai", {"engine": {"base_url": upstream.base_url, "api_key": key}})
+    words = ("--type", "openai", "--replace", "--set")
+    flat = as_json("configure", "m", "gpt-4", *words, f"base_url={upstream.base_url}")
+    assert flat["model_kwargs"]["api_key"] == before.model_kwargs["engine"]["api_key"]
+    nested = as_json(
+        "configure", "m", "gpt-5", *words, json.dumps({"base_url": upstream.base_url}).join(("engine=", ""))
+    )
+    assert nested["model_kwargs"]["engine"]["api_key"] == before.model_kwargs["engine"]["api_key"]
+
+
+def test_a_loaded_model_goes_on_unless_it_may_be_reloaded(
+    call: Any, client: Client, upstream: MockUpstream, loaded: str
+) -> None:
+    words = ("configure", loaded, "gpt-4o-mini", "--type", "openai", "--set", f"base_url={upstream.base_url}")
+    status, out, err = call(*words, "--replace")
+    assert (status, out) == (1, "")
+    assert "--reload" in err
+    model = client.model(loaded)
+    assert (model.status, model.model_name) == ("loaded", "gpt-3")
+    status, out, err = call(*words, "--reload")
+    assert (status, out, err.endswith("Ready\n") or err == "") == (0, f"{loaded} is configured, and loaded.\n", True)
+    model = client.model(loaded)
+    assert (model.status, model.model_name) == ("loaded", "gpt-4o-mini")
+    # What holds from the next request needs no reload.
+    assert call(*words, "--replace", "--set", "temperature=0")[:2] == (0, f"{loaded} is configured, and loaded.\n")
+
+
+def test_a_reload_that_fails_is_status_1(call: Any, client: Client, loaded: str) -> None:
+    words = ("configure", loaded, "gpt-3", "--type", "openai", "--reload", "--set", "base_url=http://127.0.0.1:9/v1")
+    status, out, err = call(*words)
+    assert (status, out) == (1, "")
+    assert "127.0.0.1:9" in err
+    assert client.model(loaded).status == "failed"
 
 
 def test_a_key_is_named_or_asked_for_and_never_taken_from_the_command_line(
@@ -199,6 +242,27 @@ def test_who_does_not_wait_is_back_at_once_and_one_who_does_hears_of_the_end(
     _, err = watching.communicate(timeout=30)
     assert watching.returncode == 1
     assert "was cancelled" in err
+
+
+def test_a_load_that_ends_with_its_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 120.0)
+    path = os.pathsep.join(filter(None, (PLUGIN["PYTHONPATH"], os.environ.get("PYTHONPATH", ""))))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        JupyterServer(env={"PYTHONPATH": path}, port=port) as running,
+        connect(running.url, running.token) as connected,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        connected.configure("slow", "any --stall-at=weights", "fake")
+        seen: list[str | None] = []
+        connected.start_loading("slow")
+        watching = pool.submit(loading.follow, connected, "slow", lambda model: seen.append(model.phase))
+        wait_until(lambda: "weights" in seen, "the load")
+        running.stop()
+        running.start()
+        with pytest.raises(LoadCancelled, match="started anew"):
+            watching.result(timeout=120)
 
 
 def test_a_log_is_shown_and_followed_until_ctrl_c(slow_server: JupyterServer, stalled: Client) -> None:

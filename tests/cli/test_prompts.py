@@ -54,6 +54,16 @@ def test_the_parameters_go_to_the_model(call: Any, loaded: str, upstream: MockUp
     assert body["messages"][0] == {"role": "system", "content": "Be short."}
 
 
+def test_a_key_is_no_parameter(call: Any, loaded: str, upstream: MockUpstream) -> None:
+    sent = len(upstream.requests)
+    status, out, err = call("run", loaded, "What?", "--set", "api_key=sk-canary")
+    assert (status, out, "canary" in err) == (2, "", False)
+    status, out, err = call("run", loaded, "What?", "--set", "api_key=env:SOME_API_KEY")
+    assert (status, out) == (1, "")
+    assert "not allowed" in err
+    assert len(upstream.requests) == sent
+
+
 def test_as_json_a_stream_is_lines_and_the_whole_is_a_document(call: Any, loaded: str) -> None:
     lines = [json.loads(line) for line in call("run", loaded, "What?", "--json")[1].splitlines()]
     assert "".join(line["delta"] for line in lines[:-1]) == ANSWER == lines[-1]["response"]

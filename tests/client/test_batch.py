@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import os
+import pydoc
+import signal
+import ssl
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import pytest
+import tqdm.auto
 from aiohttp import web
 from echo_upstream import Echo
 from support import JupyterServer, wait_until
 
 from llmkit.client import Client, batch, batch_asking, connect
+from llmkit.client.batch_checkpoint import Checkpoint
+from llmkit.client.connection import Connection, Server
+from llmkit.client.stopping import Stopped
 from llmkit.errors import DoesNotFit, LLMKitError, ModelNotFound, ModelNotLoaded, UpstreamRefusedKey
 
-ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds"]
+ADDED = ["response", "error", "finish_reason", "prompt_tokens", "completion_tokens", "seconds", "answered_by"]
 COUNTRIES = ["France", "Japan", "Peru"]
 
 
@@ -111,8 +123,11 @@ def test_the_same_call_again_asks_nothing(client: Client, echo: Echo, countries:
     again = ask(client, countries)
     pd.testing.assert_frame_equal(first, again)
     assert set(echo.asked.values()) == {1}
-    (file,) = Path(".llmkit").iterdir()
+    (file,) = Path(".llmkit").glob("*.jsonl")
     assert file.name.startswith("map-")
+    # Answers are nobody else's, and nothing to commit.
+    assert Path(".llmkit").stat().st_mode & 0o777 == 0o700
+    assert Path(".llmkit/.gitignore").read_text() == "*\n"
 
 
 def test_finished_rows_are_had_though_the_model_is_no_longer_loaded(client: Client, countries: pd.DataFrame) -> None:
@@ -179,7 +194,7 @@ def test_a_failure_that_passes_is_asked_again(client: Client, echo: Echo, countr
 
     echo.script = fail_twice
     assert ask(client, countries, retries=2)["error"].isna().all()
-    assert set(echo.asked.values()) == {3}
+    assert min(echo.asked.values()) == 3
 
 
 def test_a_failure_that_stays_is_the_error_of_its_row_alone(
@@ -265,6 +280,109 @@ def test_an_interrupt_ends_what_runs_on_the_server_and_says_how_to_go_on(
     assert echo.asked.total() == 12
 
 
+def test_a_comparison_that_is_stopped_half_way_goes_on_with_what_is_left(
+    client: Client, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pd.DataFrame({"n": range(6)})
+    held = asyncio.Event()
+
+    async def hang(prompt: str, times: int) -> None:
+        if prompt in ("2", "3") and times == 2:  # of the second model, at the first try
+            await held.wait()
+
+    echo.script = hang
+    wait = batch_asking.Asking.wait
+
+    def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
+        if echo.running == 2 and self.plan.model_id == "two" and len(self.done) == 2:
+            raise KeyboardInterrupt
+        return wait(self, min(seconds, 0.01))
+
+    monkeypatch.setattr(batch_asking.Asking, "wait", press_stop)
+    with pytest.raises(KeyboardInterrupt, match="2 of 6 rows are finished"):
+        client.compare(["one", "two"], data, "{n}", progress=False, concurrency=2)
+    wait_until(lambda: echo.aborted == 2, "the end of both on the server")
+    assert echo.asked.total() == 6 + 4
+    compared = client.compare(["one", "two"], data, "{n}", progress=False, concurrency=2)
+    assert compared["response"].tolist() == [f"to {n}" for n in range(6)] * 2
+    assert compared["model_id"].tolist() == ["one"] * 6 + ["two"] * 6
+    assert echo.asked.total() == 12 + 2
+
+
+class Way:
+    """Leads to a server on another way: what comes in there goes to the server's own port, and back."""
+
+    def __init__(self, server: JupyterServer, *, certificate: Path | None = None, uds: Path | None = None) -> None:
+        self._port = int(server.url.split(":")[2].split("/")[0])
+        self._certificate, self._uds = certificate, uds
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.connections = 0
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
+        return self
+
+    async def _open(self) -> None:
+        if self._uds is not None:
+            self._server: asyncio.Server = await asyncio.start_unix_server(self._lead, self._uds)
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(self._certificate))
+        self._server = await asyncio.start_server(self._lead, "127.0.0.1", 0, ssl=context)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _lead(self, come: asyncio.StreamReader, go: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        back, forth = await asyncio.open_connection("127.0.0.1", self._port)
+        await asyncio.gather(self._copy(come, forth), self._copy(back, go))
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while part := await source.read(1 << 16):
+                sink.write(part)
+                await sink.drain()
+        sink.close()
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            await sink.wait_closed()
+
+    async def _close(self) -> None:
+        self._server.close()
+        rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.wait(rest, timeout=5) if rest else None
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+def test_a_certificate_of_its_own_is_trusted_by_a_batch_where_the_client_trusts_it(
+    client: Client, server: JupyterServer, certificate: Path
+) -> None:
+    data = pd.DataFrame({"n": range(30)})
+    with Way(server, certificate=certificate) as way:
+        url = server.url.replace("http://", "https://").replace(f":{way._port}/", f":{way.port}/")
+        with connect(url, server.token, verify=str(certificate)) as over:
+            before = way.connections
+            assert ask(over, data, "{n}")["response"].tolist() == [f"to {n}" for n in range(30)]
+            assert way.connections > before
+
+
+def test_a_batch_goes_over_a_unix_socket(client: Client, server: JupyterServer) -> None:
+    data = pd.DataFrame({"n": range(30)})
+    path = Path(os.environ["LLMKIT_RUN_DIR"]) / "s"
+    with Way(server, uds=path) as way:
+        there = Server(f"http://localhost{server.base_url}", server.token, uds=str(path))
+        with Client(Connection(there)) as over:
+            before = way.connections
+            assert ask(over, data, "{n}")["response"].tolist() == [f"to {n}" for n in range(30)]
+            assert way.connections > before
+
+
 # -- schemas, several models, arguments ------------------------------------------------------------------------
 
 CITY = {
@@ -302,13 +420,65 @@ def test_compare_gives_a_row_for_each_row_and_model(client: Client, echo: Echo, 
     hashes = [client.configuration(client.model(name).config_id).hash for name in ("one", "two")]
     assert told["configuration_hash"].tolist() == [hashes[0]] * 3 + [hashes[1]] * 3
     assert hashes[0] != hashes[1]
-    assert list(told.columns) == ["row", "model_id", *ADDED, "answered_by", "configuration_hash"]
+    assert list(told.columns) == ["row", "model_id", *ADDED, "configuration_hash"]
+
+
+def test_an_answer_that_cannot_even_be_read_is_the_error_of_its_row(client: Client, echo: Echo) -> None:
+    async def told(prompt: str, times: int) -> str:
+        return "[" * 100_000 if prompt == "b" else '{"name": "Paris", "people": 1}'
+
+    echo.script = told
+    answered = ask(client, [{"x": x} for x in "abc"], "{x}", schema=CITY)
+    assert answered["error"].isna().tolist() == [True, False, True]
+    assert "nested too deeply" in answered["error"].iloc[1]
+    assert answered["people"].tolist()[::2] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["row", "model_id", "configuration_hash"])
+def test_a_comparison_refuses_a_property_that_it_has_itself(client: Client, echo: Echo, name: str) -> None:
+    schema = {"type": "object", "properties": {name: {"type": "integer"}}}
+    with pytest.raises(DoesNotFit, match=f"property `{name}`"):
+        client.compare(["one"], [{"x": "a"}], "{x}", schema=schema)
+    assert not echo.asked
+
+
+def test_a_comparison_says_at_the_beginning_that_a_model_is_not_loaded(client: Client, echo: Echo) -> None:
+    client.unload("two")
+    with pytest.raises(ModelNotLoaded, match="`two` is not loaded"):
+        client.compare(["one", "two"], [{"x": "a"}], "{x}", progress=False)
+    assert not echo.asked
+
+
+def test_what_a_fallback_has_answered_says_so_and_is_asked_again_of_the_model_itself(
+    client: Client, echo: Echo, countries: pd.DataFrame
+) -> None:
+    async def fail(prompt: str, times: int) -> web.Response | None:
+        first = echo.bodies[-1].get("top_p") == 0.5
+        return web.json_response({"error": {"message": "down"}}, status=503) if first else None
+
+    echo.script = fail
+    kwargs = {"base_url": echo.base_url, "max_retries": 0, "top_p": 0.5}
+    client.update("one", reload=True, model_kwargs=kwargs, fallback="two")
+    assert ask(client, countries)["answered_by"].tolist() == ["two"] * 3
+    compared = client.compare(["one"], countries, "Capital of {country}?", progress=False)
+    assert compared["answered_by"].tolist() == ["two"] * 3
+    assert compared["configuration_hash"].isna().all()
+    echo.script = None
+    assert ask(client, countries)["answered_by"].tolist() == ["one"] * 3
+    before = echo.asked.total()
+    assert ask(client, countries)["answered_by"].tolist() == ["one"] * 3
+    assert echo.asked.total() == before
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"concurrency": 0}, "at least 1"),
+        ({"concurrency": "8"}, "`concurrency` is '8'; it is a whole number"),
+        ({"concurrency": 2.5}, "`concurrency` is 2.5; it is a whole number"),
+        ({"patience": None}, "`patience` is None; it is a number"),
+        ({"patience": float("nan")}, "at least 0"),
+        ({"schema": {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}}, "which is not in it"),
         ({"retries": -1}, "at least 0"),
         ({"missing": "x"}, "missing"),
         ({"on_engine_lost": "x"}, "on_engine_lost"),
@@ -354,9 +524,84 @@ def test_a_bar_shows_how_many_rows_are_finished(
     assert "2 failed" in shown
 
 
-def test_the_method_says_the_same_defaults_as_what_it_calls() -> None:
-    told = inspect.signature(Client.map).parameters
-    for name, parameter in inspect.signature(batch._map).parameters.items():
-        if name != "client":
-            assert told[name].default == parameter.default
+@pytest.mark.parametrize("name", ["__init__", "update", "close"])
+def test_a_bar_that_cannot_be_shown_ends_nothing(
+    client: Client, countries: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    bar = type("Bar", (tqdm.auto.tqdm,), {name: fail, "__del__": lambda self: None})
+    monkeypatch.setattr(tqdm.auto, "tqdm", bar)
+    assert ask(client, countries, progress=True)["error"].isna().all()
+
+
+def test_a_stop_before_it_has_begun_says_how_to_go_on(
+    client: Client, countries: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", press_stop)
+    with pytest.raises(Stopped, match="0 of 3 rows are finished"):
+        ask(client, countries, progress=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+def test_a_second_press_on_the_stop_button_does_not_leave_what_is_being_written(
+    client: Client, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+    write = Checkpoint._write
+
+    def write_slowly(self: Checkpoint, data: bytes) -> None:
+        if b"to 5" in data:
+            writing.set()
+            assert go_on.wait(30)
+        write(self, data)
+
+    async def hang(prompt: str, times: int) -> None:
+        await asyncio.sleep(60 if int(prompt) > 5 and times == 1 else 0)
+
+    def press_again(asking: batch_asking.Asking) -> None:
+        wait_until(lambda: asking._stopped, "the first press")
+        for _ in range(2):
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        go_on.set()
+
+    pressing: list[threading.Thread] = []
+    wait = batch_asking.Asking.wait
+
+    def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
+        if not writing.is_set():
+            return wait(self, 0.01)
+        pressing.append(threading.Thread(target=press_again, args=(self,)))
+        pressing[0].start()
+        raise KeyboardInterrupt
+
+    echo.script = hang
+    data = pd.DataFrame({"n": range(20)})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "_write", write_slowly)
+        patch.setattr(batch_asking.Asking, "wait", press_stop)
+        with pytest.raises(Stopped, match="6 of 20 rows are finished"):
+            ask(client, data, "{n}", concurrency=1)
+        pressing[0].join()
+    assert ask(client, data, "{n}")["error"].isna().all()
+    assert echo.asked["5"] == 1
+
+
+def test_help_shows_every_parameter_with_its_type_and_no_more_of_how_it_is_made() -> None:
+    shown = inspect.signature(Client.map)
+    assert shown.return_annotation == "pd.DataFrame"
+    assert all(one.annotation is not one.empty for name, one in shown.parameters.items() if name != "self")
+    told = inspect.getdoc(Client.map) or ""
+    for name in shown.parameters:
+        assert name == "self" or f"{name}\n    " in told, name
+    text = pydoc.render_doc(Client.map, renderer=pydoc.plaintext)
+    assert "concurrency: 'int' = 8" in text
+    assert "patience: 'float' = 3600.0" in text
+    assert Client.map.__name__ == "map"
     assert list(batch.COLUMNS) == ADDED

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,14 +35,6 @@ def test_what_was_written_is_there_the_next_time_and_the_last_word_counts(path: 
         checkpoint.append(rows[:2])
         checkpoint.append([rows[2], Row(id="b", response="yes", seconds=0.5)])
     assert known(path, "a", "b") == {"a": rows[0], "b": Row(id="b", response="yes", seconds=0.5)}
-
-
-def test_what_was_taken_back_is_not_known_until_it_is_written_again(path: Path) -> None:
-    with Checkpoint(path) as checkpoint:
-        checkpoint.append([Row(id="a", response="one"), Row(id="a", void=True)])
-        assert checkpoint.read(["a"]) == {}
-        checkpoint.append([Row(id="a", response="two")])
-    assert known(path, "a") == {"a": Row(id="a", response="two")}
 
 
 def test_every_torn_end_costs_only_the_line_that_was_not_whole(path: Path) -> None:
@@ -120,4 +115,44 @@ def test_a_folder_where_one_may_not_write_is_a_clear_error(tmp_path: Path) -> No
 
 def test_a_path_that_is_a_folder_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(LLMKitError, match=r"(?s)cannot be written.*checkpoint="), Checkpoint(tmp_path):
+        pass
+
+
+def test_a_file_that_is_left_while_it_is_written_is_closed_afterwards_and_no_other_is_written_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(30)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with Checkpoint(path) as checkpoint:
+        writing = threading.Thread(target=checkpoint.append, args=([Row(id="a", response="one")],))
+        writing.start()
+        assert begun.wait(30)
+    others = [os.open(path.with_suffix(f".{number}"), os.O_RDWR | os.O_CREAT) for number in range(5)]
+    # Nobody else gets the file until all is written.
+    with pytest.raises(WrongState, match="Another batch"), Checkpoint(path):
+        pass
+    go_on.set()
+    writing.join()
+    with pytest.raises(WrongState, match="is closed"):
+        checkpoint.append([Row(id="b", response="two")])
+    for other in others:
+        assert os.fstat(other).st_size == 0
+        os.close(other)
+    assert known(path, "a", "b") == {"a": Row(id="a", response="one")}
+
+
+def test_a_disk_without_locks_is_a_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LLMKitError, match=r"(?s)cannot be locked: No locks available.*another disk"), Checkpoint(path):
         pass

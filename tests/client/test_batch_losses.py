@@ -24,7 +24,7 @@ from echo_upstream import Echo
 from fake_engine_type import PLUGIN
 from support import REPOSITORY, JupyterServer, scaled, wait_until
 
-from llmkit.client import Client, connect
+from llmkit.client import Client, batch_asking, connect
 from llmkit.errors import LLMKitError, TimedOut, WrongState
 
 PROGRAM = REPOSITORY / "tests" / "batch_program.py"
@@ -184,6 +184,79 @@ def test_a_server_that_comes_back_at_another_port_is_found_and_no_other_is_taken
         assert not stranger.request("GET", "llm/requests/").json()["recent"]
 
 
+def start_with_another_token(server: JupyterServer) -> None:
+    server.stop()
+    server.token = "another-" + server.token
+    server._env["JUPYTER_TOKEN"] = server.token
+    server._http.headers["Authorization"] = f"token {server.token}"
+    server.start()
+
+
+def test_a_server_that_comes_back_with_another_token_is_asked_with_it_where_it_can_be_found(
+    echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pd.DataFrame({"n": range(150)})
+    with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        configure(client, echo)
+        # Here the server has noted itself, and its token.
+        monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(server.folder / "runtime"))
+        file = tmp_path / "b.jsonl"
+        running = InThread(lambda: client.map(data, "{n}", model="one", checkpoint=file, concurrency=4, progress=False))
+        wait_until(lambda: len(echo.asked) > 20, "some answers")
+        start_with_another_token(server)
+        answered = running.result()
+        # The client has learnt it, too.
+        again = client.map(data, "{n}", model="one", checkpoint=file, progress=False)
+        pd.testing.assert_frame_equal(again, answered)
+    assert answered["error"].isna().all()
+    assert answered["response"].tolist() == [f"to {n}" for n in range(150)]
+    assert echo.asked.total() - 150 <= 4
+
+
+def test_without_the_other_token_the_error_says_so_and_finished_rows_are_kept(
+    echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pd.DataFrame({"n": range(100)})
+    with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        configure(client, echo)
+        monkeypatch.setenv("LLMKIT_SERVER_URL", server.url)
+        monkeypatch.setenv("LLMKIT_TOKEN", server.token)
+        file = tmp_path / "b.jsonl"
+        running = InThread(lambda: client.map(data, "{n}", model="one", checkpoint=file, progress=False, patience=6))
+        wait_until(lambda: len(echo.asked) > 20, "some answers")
+        start_with_another_token(server)
+        with pytest.raises(LLMKitError) as caught:
+            running.result()
+        assert "the server refuses the token; a new `llmkit.connect()`" in str(caught.value)
+        assert f"{lines(file)} of 100 rows are finished and kept in" in caught.value.__notes__[0]
+        # With it the same call goes on.
+        with connect(server.url, server.token) as again:
+            again.load("one", progress=False)
+            answered = again.map(data, "{n}", model="one", checkpoint=file, progress=False)
+    assert answered["response"].tolist() == [f"to {n}" for n in range(100)]
+    assert echo.asked.total() - 100 <= 8
+
+
+def test_a_comparison_outlives_a_restart_of_the_server(
+    echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = pd.DataFrame({"n": range(60)})
+    with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        configure(client, echo)
+        client.configure("two", "gpt-3", "openai", {"base_url": echo.base_url, "max_retries": 0})
+        client.load("two", progress=False)
+        running = InThread(lambda: client.compare(["one", "two"], data, "{n}", progress=False, concurrency=4))
+        wait_until(lambda: len(echo.asked) > 20, "some answers of the first model")
+        server.stop()
+        assert len(echo.asked) < 60
+        server.start()
+        compared = running.result()
+    assert compared["error"].isna().all()
+    assert compared["response"].tolist() == [f"to {n}" for n in range(60)] * 2
+    assert compared["answered_by"].tolist() == ["one"] * 60 + ["two"] * 60
+
+
 def test_a_loss_ends_the_batch_where_that_was_asked_and_finished_rows_are_kept(echo: Echo, tmp_path: Path) -> None:
     data = pd.DataFrame({"n": range(100)})
     for more, expected in (({"on_engine_lost": "fail"}, LLMKitError), ({"patience": 0.5}, TimedOut)):
@@ -202,35 +275,46 @@ def test_a_loss_ends_the_batch_where_that_was_asked_and_finished_rows_are_kept(e
             assert lines(path) >= 10
 
 
+@pytest.mark.parametrize("stopped", [False, True])
 def test_no_answer_of_a_changed_configuration_is_kept_for_the_old_one(
-    server: JupyterServer, echo: Echo, tmp_path: Path
+    server: JupyterServer, echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
 ) -> None:
-    data = pd.DataFrame({"n": range(400)})
+    data = pd.DataFrame({"n": range(60)})
     file = tmp_path / "b.jsonl"
     later: set[str] = set()
+    kwargs = {"base_url": echo.base_url, "max_retries": 0}
+    wait = batch_asking.Asking.wait
 
-    async def note(prompt: str, times: int) -> None:
-        if "top_p" in echo.bodies[-1]:
-            later.add(prompt)
-        await asyncio.sleep(0.05)
+    def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
+        if stopped and later:
+            raise KeyboardInterrupt
+        return wait(self, 0.002 if stopped else seconds)
 
-    echo.script = note
+    monkeypatch.setattr(batch_asking.Asking, "wait", press_stop)
     with connect(server.url, server.token) as client:
-        configure(client, echo)
+        # One runs at a time: the others are in the queue when it is changed, and go with what it is then.
+        configure(client, echo, max_in_flight=1, max_queued=100)
+
+        async def change(prompt: str, times: int) -> None:
+            if "top_p" in echo.bodies[-1]:
+                later.add(prompt)
+            elif len(echo.asked) == 20:
+                # A default of the generation: the model stays loaded, and no request fails.
+                await asyncio.to_thread(client.update, "one", model_kwargs={**kwargs, "top_p": 0.5})
+
+        echo.script = change
         try:
-            running = InThread(lambda: client.map(data, "{n}", model="one", checkpoint=file, progress=False))
-            wait_until(lambda: len(echo.asked) > 20, "some answers")
-            # A default of the generation: the model stays loaded, and no request fails.
-            client.update("one", model_kwargs={"base_url": echo.base_url, "max_retries": 0, "top_p": 0.5})
-            with pytest.raises(WrongState, match="was changed meanwhile"):
-                running.result()
+            with pytest.raises((WrongState, KeyboardInterrupt)) as caught:
+                client.map(data, "{n}", model="one", checkpoint=file, progress=False)
+            assert "was changed meanwhile" in str(caught.value) or stopped
             assert later
-            client.update("one", model_kwargs={"base_url": echo.base_url, "max_retries": 0})
+            client.update("one", model_kwargs=kwargs)
+            monkeypatch.undo()
             before = dict(echo.asked)
             again = client.map(data, "{n}", model="one", checkpoint=file, progress=False)
         finally:
             client.delete("one", unload=True)
-    assert again["response"].tolist() == [f"to {n}" for n in range(400)]
+    assert again["response"].tolist() == [f"to {n}" for n in range(60)]
     assert all(echo.asked[prompt] > before[prompt] for prompt in later)
 
 

@@ -51,14 +51,15 @@ def base_url() -> Iterator[str]:
 
 
 async def plain_rate(server: JupyterServer, model_id: str, count: int) -> float:
-    """Give the answers a second of a loop that does nothing but ask."""
+    """Give the answers a second of a loop that does nothing but ask, and have the answers streamed as a batch has."""
     headers = {"Authorization": f"token {server.token}", "X-LLMKit-Priority": "batch"}
     url = URL(server.url + "llm/inference/", encoded=True)
     numbers = itertools.count()
 
     async def ask(session: aiohttp.ClientSession) -> None:
         while (number := next(numbers)) < count:
-            async with session.post(url, json={"model_id": model_id, "prompt": f"number {number}"}) as response:
+            body = {"model_id": model_id, "prompt": f"number {number}", "inference_kwargs": {"stream": True}}
+            async with session.post(url, json=body) as response:
                 assert response.status == 200
                 await response.read()
 

@@ -106,3 +106,17 @@ def test_missing_cells_are_told_by_the_labels_of_their_rows() -> None:
     skipping = rows(data, "{a}", "skip")
     assert dict(skipping) == {0: "x"}
     assert skipping.skipped == {1: "skipped: `a` is missing", 2: "skipped: `a` is missing"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "Float32", "float16", "object"])
+def test_a_short_number_is_written_with_the_digits_that_it_has(dtype: str) -> None:
+    data = pd.DataFrame({"x": pd.Series([np.float32(0.1), None], dtype=dtype)})
+    rows = Rows(data, Template("{x}", ["x"]), missing="skip", pandas=pd)
+    assert list(rows) == [(0, "0.1")]
+    assert rows.skipped == {1: "skipped: `x` is missing"}
+
+
+def test_labels_are_told_as_plain_values() -> None:
+    data = pd.DataFrame({"x": ["a", None]}, index=[5, 7])
+    with pytest.raises(DoesNotFit, match=r"the template needs: 7\."):
+        Rows(data, Template("{x}", ["x"]), missing="error", pandas=pd)

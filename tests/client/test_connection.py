@@ -13,6 +13,7 @@ from llmkit.errors import (
     DoesNotFit,
     LLMKitError,
     NotAuthenticated,
+    ParameterForbidden,
     ServerNotFound,
     TimedOut,
 )
@@ -151,3 +152,101 @@ def test_a_proxy_of_the_environment_never_stands_before_a_local_server(
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with connect(fake.url) as client:
         assert client.health().status == "ok"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ftp://me:canary@host/",
+        "ftp://me:ca/na?ry-canary@host/",
+        "me:canary@host",
+        "http://me:canary@a..b/",
+        "localhost:8888/#token=canary",
+    ],
+)
+def test_a_refused_address_does_not_repeat_its_password(text: str) -> None:
+    with pytest.raises(ServerNotFound) as raised:
+        parse_url(text)
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize("host", ["äß..x", "a..b", "a" * 300 + ".example", "-" * 64])
+def test_a_host_that_can_have_no_address_is_refused(host: str) -> None:
+    with pytest.raises(ServerNotFound, match="no address"):
+        parse_url(f"http://{host}/")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ALL_PROXY", "foo://127.0.0.1:9", "no address of a proxy"),
+        ("HTTP_PROXY", "foo:bar", "no address of a proxy"),
+        ("ALL_PROXY", "http://127.0.0.1:9", "proxy|does not answer"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConnectError, match=said):
+        connect("http://nowhere.invalid/")
+
+
+def test_a_proxy_that_needs_a_package_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    def client(**_: Any) -> None:
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr(httpx, "Client", client)
+    with pytest.raises(ConnectError, match="socksio"):
+        connect("http://nowhere.invalid/")
+
+
+def test_blanks_around_a_token_are_none_of_it_and_what_can_be_no_token_is_said(fake: Any) -> None:
+    connect(fake.url, " secret\n").close()
+    assert fake.asked[-1].headers["Authorization"] == "token secret"
+    for wrong in ("t\u00f6ken", "to\nken"):
+        with pytest.raises(NotAuthenticated, match="characters") as raised:
+            connect(fake.url, wrong)
+        assert wrong not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"stop": {1, 2}}, "inference_kwargs.stop: "),
+        ({"temperature": float("nan")}, "inference_kwargs.temperature: nan"),
+        ({"messages": [{"content": object()}]}, "inference_kwargs.messages.0.content: "),
+        ({"system": "\ud800"}, "inference_kwargs.system: half a character"),
+    ],
+)
+def test_what_is_no_json_is_named_and_nothing_is_sent(fake: Any, given: dict[str, Any], where: str) -> None:
+    with connect(fake.url) as client:
+        for ask in (client.prompt, lambda *words, **more: next(client.stream(*words, **more))):
+            with pytest.raises(DoesNotFit) as raised:
+                ask("m", "Hello", **given)
+            assert raised.value.message.startswith(where)
+    assert not any(asked.method == "POST" for asked in fake.asked)
+
+
+def test_what_holds_itself_or_has_no_bottom_is_no_json(fake: Any) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with connect(fake.url) as client:
+        for value in (circle, deep):
+            with pytest.raises(DoesNotFit, match="nested too deeply"):
+                client.prompt("m", "Hello", x=value)
+
+
+def test_a_key_goes_with_no_prompt(fake: Any) -> None:
+    with connect(fake.url) as client:
+        for ask in (client.prompt, client.stream):
+            with pytest.raises(ParameterForbidden, match="api_key") as raised:
+                ask("m", "Hello", api_key="sk-canary")
+            assert "canary" not in str(raised.value)
+    assert not any(asked.method == "POST" for asked in fake.asked)

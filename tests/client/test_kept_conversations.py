@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmkit.client import Client, connect
-from llmkit.errors import ConversationChanged, ConversationNotFound
+from llmkit.errors import ConversationChanged, ConversationNotFound, IncompatibleVersion
 from llmkit.schemas import ConversationRequest, ConversationTurn
 
 
@@ -45,3 +45,16 @@ def test_what_a_newer_server_adds_to_a_conversation_is_left_out(fake: Any) -> No
     with connect(fake.url) as connected:
         kept = connected.conversation("c")
     assert (kept.revision, kept.updated_at) == (3, datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+
+
+def test_a_conversation_that_cannot_be_read_hides_no_other(fake: Any) -> None:
+    summary = {"conversation_id": "c", "title": "C", "turns": 1, "revision": 3, "updated_at": "2026-01-02T03:04:05Z"}
+    strange = {**summary, "conversation_id": "d", "turns": "several"}
+    fake.replies["GET", "/llm/conversations/"] = (200, {"conversations": [strange, summary, {}], "kept": True})
+    whole = {"conversation_id": "d", "revision": 3, "updated_at": "2026-01-02T03:04:05Z", "turns": [{"said": 5}]}
+    fake.replies["GET", "/llm/conversations/d"] = (200, whole)
+    with connect(fake.url) as connected:
+        known = connected.conversations()
+        assert ([one.conversation_id for one in known.conversations], known.unreadable) == (["c"], 2)
+        with pytest.raises(IncompatibleVersion, match="`d` cannot be read"):
+            connected.conversation("d")

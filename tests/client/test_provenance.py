@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from aiohttp import web
+from fake_engine_type import PLUGIN
 from mock_upstream import ANSWER, MockUpstream, chat_answer
+from support import JupyterServer
 
 from llmkit import __version__
-from llmkit.client import Answer, Client, Configuration
+from llmkit.client import Answer, Client, Configuration, connect
 from llmkit.errors import DoesNotFit, KeyMissing, LLMKitError, ModelIsLoaded, ModelNotFound
 from llmkit.schemas import Timings
 
@@ -79,9 +83,32 @@ def test_a_change_of_the_configuration_shows_at_the_next_prompt(loaded: str, cli
     assert client.prompt(loaded, "Hello").provenance["configuration_hash"] == changed.hash != before
 
 
-def test_many_prompts_cost_one_request_more(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmkit.client import connect
+@pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")
+def test_the_version_is_that_of_the_engine_that_answered_also_just_after_another_was_loaded() -> None:
+    path = os.pathsep.join(filter(None, (PLUGIN["PYTHONPATH"], os.environ.get("PYTHONPATH", ""))))
+    with JupyterServer("server", env={"PYTHONPATH": path}) as own, connect(own.url, own.token) as client:
+        client.configure("engine", "any --version=1.2.3", "fake")
+        assert client.model("engine").capabilities.engine_version is None
+        client.load("engine", progress=False)
+        (told,) = own.request("GET", "llm/models/").json()["models"]
+        assert told["capabilities"]["engine_version"] == "1.2.3"
+        assert '<td style="text-align: left">fake 1.2.3</td>' in client.models()._repr_html_()
+        answer = client.prompt("engine", "Hello")
+        assert answer.provenance["engine_version"] == "1.2.3"
+        assert "1.2.3" in answer.provenance._repr_html_()
+        with client.stream("engine", "Hello") as stream:
+            assert "".join(stream) == "Hello"
+        assert stream.answer is not None
+        assert stream.answer.provenance["engine_version"] == "1.2.3"
+        client.update("engine", model_name="any --version=1.2.4", reload=True)
+        client.load("engine", progress=False)
+        told = json.loads(client.prompt("engine", "Hello").model_dump_json())
+        assert told["engine_version"] == "1.2.4"
+        client.unload("engine")
+        assert client.model("engine").capabilities.engine_version is None
 
+
+def test_many_prompts_cost_one_request_more(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"response": "x", "model_id": "m", "request_id": "r", "timings": TIMINGS.model_dump()}
     fake.replies["POST", "/llm/inference/"] = (200, told)
     fake.replies["GET", "/llm/configurations/"] = (200, [configured().to_wire()])
@@ -98,8 +125,6 @@ def test_many_prompts_cost_one_request_more(fake: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("reply", [(403, {}), (200, {"a": 1}), (200, [1]), (200, "<html>"), (500, "no")])
 def test_where_the_configurations_are_not_told_the_answer_comes_all_the_same(fake: Any, reply: Any) -> None:
-    from llmkit.client import connect
-
     told = {"response": "x", "model_id": "m", "request_id": "r", "timings": TIMINGS.model_dump()}
     fake.replies["POST", "/llm/inference/"] = (200, told)
     fake.replies["GET", "/llm/configurations/"] = reply

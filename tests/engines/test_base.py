@@ -3,14 +3,44 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llmkit.engines.addresses import origin_of
 from llmkit.engines.base import load_engine_types, sort_kwargs
-from llmkit.engines.http import origin_of
 from llmkit.engines.openai import OpenAIEngineType
 from llmkit.engines.refusals import redact
 from llmkit.errors import DoesNotFit
+from llmkit.schemas import GenerationParameters
 
 OPENAI = OpenAIEngineType({})
+NAMES = st.sampled_from([*GenerationParameters.model_fields, *OPENAI.arguments.model_fields, "engine", "generation"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(NAMES | st.text(max_size=20), VALUES, max_size=6))
+def test_whatever_is_given_is_sorted_without_loss_or_named(given_kwargs: dict[str, Any]) -> None:
+    try:
+        kwargs = sort_kwargs(OPENAI, given_kwargs)
+    except DoesNotFit as error:
+        fields = error.details["fields"]
+        assert fields
+        assert all(field["path"].startswith("model_kwargs") and field["message"] for field in fields)
+        return
+    assert set(kwargs.generation) <= set(GenerationParameters.model_fields)
+    assert set(kwargs.engine) <= set(OPENAI.arguments.model_fields)
+    flat = {k: v for k, v in given_kwargs.items() if k not in ("engine", "generation")}
+    assert {**kwargs.engine, **kwargs.generation} == {
+        **flat,
+        **given_kwargs.get("engine", {}),
+        **given_kwargs.get("generation", {}),
+    }
+    nested = {"engine": kwargs.engine, "generation": kwargs.generation}
+    assert sort_kwargs(OPENAI, nested) == kwargs
 
 
 def test_flat_keys_are_sorted_by_one_table_and_nested_ones_stay() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmkit.errors import DoesNotFit, NotSupported, ParameterForbidden
-from llmkit.inference.openai_api import FORBIDDEN, Call, is_stream, model_of, to_call
+from llmkit.inference.openai_api import FORBIDDEN, Call, check, is_stream, model_of, to_call
 from llmkit.schemas import API
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -90,7 +90,7 @@ def test_an_endpoint_that_knows_no_stream_options_is_not_sent_any() -> None:
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_what_a_request_may_not_carry_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(ParameterForbidden) as caught:
-        call_of("chat/completions", {"messages": MESSAGES, name: {}})
+        check({"model": "m", "messages": MESSAGES, name: {}})
     assert (caught.value.param, caught.value.hint) == (name, FORBIDDEN[name])
 
 

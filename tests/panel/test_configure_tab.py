@@ -214,7 +214,11 @@ def test_what_is_typed_while_it_is_saved_stays(
     person.save()
     assert "temperature" not in person.client.configuration(person.client.model("formed").config_id).model_kwargs
     assert person.field("temperature").control.value == "0.5"
+    time.sleep(QUIET * 4)  # what was typed is checked now, which must not hide the note
+    person.settle()
     assert "still here" in person.tab._result.value
+    person.fill(temperature="0.6")
+    wait_until(lambda: not person.tab._result.value, "the end of the note when more is typed", 5)
 
 
 def test_save_and_load_does_both_and_shows_the_models(person: Person, upstream: MockUpstream) -> None:

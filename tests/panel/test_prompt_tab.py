@@ -277,6 +277,32 @@ def test_a_new_conversation_leaves_the_old_one_to_be_opened_again(panel: Panel, 
     assert hidden(asking.undo)
 
 
+def test_a_conversation_that_cannot_be_read_is_said_and_hides_no_other(
+    panel: Panel, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.save_conversation("readable", ConversationRequest(title="Readable"))
+    client.save_conversation("strange", ConversationRequest(title="Strange"))
+    call = client.connection.call
+
+    def changed(method: str, path: str, **more: Any) -> Any:
+        told = call(method, path, **more)
+        if (method, path) == ("GET", "llm/conversations/"):
+            told["conversations"][0]["turns"] = "several"
+        if (method, path) == ("GET", "llm/conversations/readable"):
+            told["turns"] = [{"said": 5}]
+        return told
+
+    monkeypatch.setattr(client.connection, "call", changed)
+    again = Panel(client)
+    try:
+        wait_until(lambda: again.prompt is not None and len(again.prompt.conversations.options) == 2, "the list")
+        assert again.prompt is not None
+        assert "Readable" in [title for title, _ in again.prompt.conversations.options]
+        wait_until(lambda: "1 conversation is not listed" in again.prompt._note.value, "the note")
+    finally:
+        again.close()
+
+
 def test_nothing_is_kept_of_a_conversation_without_a_word(panel: Panel, client: Client) -> None:
     assert panel.prompt is not None
     assert panel.prompt.prompt.value == FIRST_QUESTION

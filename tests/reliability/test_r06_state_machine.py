@@ -35,7 +35,7 @@ from llmkit.schemas import InferenceRequest, ModelConfigRequest
 
 T = TypeVar("T")
 STEPS_EACH = 50
-EXAMPLES = scaled(260)
+EXAMPLES = scaled(300)
 NAMES = st.sampled_from(["a", "b", "c"])
 SECONDS = 10.0
 steps = 0

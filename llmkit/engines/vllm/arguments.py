@@ -28,7 +28,7 @@ def _option(group: Literal["essential", "memory", "parallelism", "other"], descr
     return Field(None, description=description, json_schema_extra={"group": group}, **bounds)
 
 
-Reference = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,1024}$")]
+Reference = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u0085\u2028\u2029]{1,1024}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Length = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Gibibytes = Annotated[float, Field(ge=0, le=MAX_GIB, allow_inf_nan=False)]
@@ -163,6 +163,9 @@ class VLLMArguments(Strict):
     )
     limit_mm_per_prompt: MediaLimits | None = _option(
         "other", 'Images, videos and sounds in one prompt, for example {"image": 2}.'
+    )
+    trust_remote_code: bool | None = _option(
+        "other", "Run code that comes with the model; only where the operator of the server allows it."
     )
     scheduling_policy: Literal["fcfs", "priority"] | None = _option("other", "Order of waiting requests.")
 

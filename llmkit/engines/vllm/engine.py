@@ -55,6 +55,7 @@ _CPU_NICENESS: Final = 15
 NO_MEDIA_DOMAIN: Final = "none.invalid"
 """A host that cannot exist (RFC 2606), as the only one that media may be fetched from."""
 _LONGEST_SOCKET_PATH: Final = 107
+_LONGEST_VERSION: Final = 100
 """Bytes; `unix(7)`."""
 _LONGEST_NAME: Final = 37
 """Of a socket in the engine's folder: vLLM names its own with a UUID."""
@@ -424,7 +425,14 @@ class VLLMEngine:
             tools=bool(self._arguments.enable_auto_tool_choice),
             vision=await asyncio.to_thread(self._takes_images),
             max_model_len=length if isinstance(length, int) else None,
+            engine_version=await self._ask_version(http),
         )
+
+    async def _ask_version(self, http: EngineHTTP) -> str | None:
+        # Of the process that runs: what is installed may be another since it was started.
+        _, told = await http.status("/version")
+        version = told.get("version") if isinstance(told, dict) else None
+        return version[:_LONGEST_VERSION] if isinstance(version, str) else None
 
     def _takes_images(self) -> bool | None:
         if self._model_name == DEMO_MODEL_NAME:

@@ -214,7 +214,7 @@ def _bad_argument(found: re.Match[str], _: str) -> LLMKitError:
     return EngineArgumentRefused(
         f"vLLM refused an argument: {(found['message'] or found['parser']).strip()}"[:MAX_MESSAGE],
         param="model_kwargs",
-        hint="GET /llm/model_types/ lists every argument.",
+        hint="GET /llm/model_types/ lists every argument. In Python: client.model_types().",
     )
 
 

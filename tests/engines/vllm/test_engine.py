@@ -114,7 +114,7 @@ def test_other_systems_are_told_what_works(platform: str, monkeypatch: pytest.Mo
         ({"model_name": "-O3"}, "model_name"),
         ({"model_id": "None"}, "model_id"),
         ({"model_kwargs": {"enable_auto_tool_choice": True}}, "model_kwargs.enable_auto_tool_choice"),
-        ({"model_kwargs": {"trust_remote_code": True}}, "model_kwargs.trust_remote_code"),
+        ({"model_kwargs": {"worker_cls": "a.B"}}, "model_kwargs.worker_cls"),
     ],
 )
 def test_what_cannot_be_handed_to_vllm_is_refused(fields: dict[str, Any], path: str) -> None:
@@ -177,6 +177,7 @@ async def test_a_loaded_engine_answers_and_stop_says_what_was_freed(make: Make) 
     reports: list[LoadProgress] = []
     capabilities = await engine.start(reports.append)
     assert (capabilities.api, capabilities.max_model_len, capabilities.tools) == ("chat", 64, False)
+    assert capabilities.engine_version == "0.0.0"
     assert (reports[0], reports[-1]) == (LoadProgress("starting", 0.0), LoadProgress("ready", 1.0))
     fractions = [report.fraction for report in reports]
     assert fractions == sorted(fractions, key=float)

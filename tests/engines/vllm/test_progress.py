@@ -88,6 +88,23 @@ def test_unknown_lines_are_passed_over(line: str) -> None:
     assert 0 <= (log.progress.fraction or 0) < 1
 
 
+PIECES = st.sampled_from(
+    [*REAL_LOG, "\r", "\x1b[2K", " 120%", "999999999999%", "-5%", "to download 7 bytes to /x", "\x00"]
+)
+
+
+@given(st.lists(st.lists(PIECES | st.text(max_size=20), max_size=4).map("".join), max_size=30))
+def test_whatever_a_log_says_and_in_whatever_order_the_fraction_only_grows(lines: list[str]) -> None:
+    log = LoadLog()
+    seen = [log.progress]
+    for line in lines:
+        before = log.progress
+        assert log.read(line) == (log.progress != before)
+        seen.append(log.progress)
+    assert all(0 <= (a.fraction or 0) <= (b.fraction or 0) < 1 for a, b in pairwise(seen))
+    assert all(progress.phase in ("starting", "downloading", "weights", "warming") for progress in seen)
+
+
 def test_what_vllm_puts_before_its_words_is_taken_off() -> None:
     assert clean("(APIServer pid=8) INFO 11-23 18:08:53 [entry.py:136] Supported tasks: []\n") == "Supported tasks: []"
     assert clean("ValueError: it says (so) [here]") == "ValueError: it says (so) [here]"

@@ -73,6 +73,7 @@ async def test_the_demo_model_answers_and_stop_leaves_nothing(make: Make) -> Non
     assert list(dict.fromkeys(phases)) == ["starting", "weights", "warming", "ready"]
     assert capabilities.api == "chat"
     assert capabilities.max_model_len
+    assert capabilities.engine_version.startswith("0.")
 
     http = EngineHTTP(engine.endpoint)
     body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 50}
