@@ -21,7 +21,7 @@ from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
 from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, TraitError, Unicode, default
 
-from jupyter_server_ext import openapi
+from jupyter_server_ext import hub, openapi
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
@@ -372,12 +372,16 @@ class LLMKitApp(ExtensionApp):
         server: Any = super().make_serverapp(**kwargs)
         # Not in a subclass: its name would be that of its section in the operator's configuration, too.
         server.default_services = BARE_SERVICES
+        if hub.service_name(os.environ):
+            server.jpserver_extensions = {**server.jpserver_extensions, hub.EXTENSION: True}
         return server
 
     def _jupyter_server_config(self) -> dict[str, Any]:
         # Jupyter applies this after the command line; ours are defaults, so what was given stays.
         config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
         given = self._server.config.get("ServerApp", {}) if self.serverapp else {}
+        if hub.service_name(os.environ):
+            config["ServerApp"]["authorizer_class"] = hub.HubAuthorizer
         return {
             "ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given},
             # The contents manager brings /files of its own accord.
@@ -387,6 +391,9 @@ class LLMKitApp(ExtensionApp):
     def _print_curl_line(self) -> None:
         """Say how to reach a server that has nothing but llmkit."""
         server = self._server
+        if name := hub.service_name(os.environ):
+            print(f"\nllmkit is the service {name} of JupyterHub, at {server.base_url}llm.\n", flush=True)
+            return
         scheme = "https" if server.certfile else "http"
         url = f"{scheme}://{server.ip or 'localhost'}:{server.port}{url_path_join(server.base_url, 'llm/models/')}"
         provider = server.identity_provider

@@ -79,8 +79,19 @@ class Client(Tables, Conversations, ToolKeys):
         """
         return self.connection.server.url
 
+    @property
+    def shared(self) -> bool:
+        """Whether many people share the server, as a service of their JupyterHub.
+
+        Examples
+        --------
+        >>> client.shared
+        False
+        """
+        return self.connection.server.shared
+
     def __repr__(self) -> str:
-        return f"<llmkit.Client {self.url}>"
+        return f"<llmkit.Client {'shared ' if self.shared else ''}{self.url}>"
 
     def close(self) -> None:
         """Close the connections to the server; the models stay as they are.
