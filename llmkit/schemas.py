@@ -140,15 +140,20 @@ OPTIONAL_FIELDS: Final = (
 """Fields of a configuration that appear in answers only if they were set."""
 
 
+SERVERS_OWN: Final = ("config_id", "declared", "configured_by")
+"""Fields of a configuration that the server alone decides."""
+
+
 class StoredConfigRequest(ModelConfigRequest):
     """Body of ``PUT /llm/configuration/{config_id}``: also what a GET of it answers."""
 
     config_id: str | None = None
     declared: bool = False
+    configured_by: str | None = Field(None, description="Whose it is, on a server that many people share.")
 
     def request(self) -> ModelConfigRequest:
         """Give the part that a client decides."""
-        return ModelConfigRequest.model_validate(self.model_dump(exclude={"config_id", "declared"}))
+        return ModelConfigRequest.model_validate(self.model_dump(exclude=set(SERVERS_OWN)))
 
 
 class Configuration(StoredConfigRequest):
@@ -156,7 +161,7 @@ class Configuration(StoredConfigRequest):
 
     config_id: str
 
-    model_config = may_lack(*OPTIONAL_FIELDS, "declared")
+    model_config = may_lack(*OPTIONAL_FIELDS, "declared", "configured_by")
 
     def to_wire(self) -> dict[str, Any]:
         """Give the JSON object of the configuration, identifiers first."""
@@ -170,6 +175,8 @@ class Configuration(StoredConfigRequest):
         fields |= {k: v for k, v in self.model_dump(include=set(OPTIONAL_FIELDS)).items() if v is not None}
         if self.declared:
             fields["declared"] = True
+        if self.configured_by is not None:
+            fields["configured_by"] = self.configured_by
         return fields
 
 
@@ -268,6 +275,10 @@ class Model(Wire):
     capabilities: Capabilities = Capabilities()
     owner: str | None = None
     """Address of another Jupyter server of this home that has the model loaded."""
+    configured_by: str | None = None
+    """Who has made the configuration, on a server that many people share."""
+    loaded_by: str | None = None
+    """Who has loaded the model there; None also if a request did, or the server."""
     error: ModelError | None = None
 
 

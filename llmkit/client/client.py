@@ -24,6 +24,7 @@ from llmkit.client.transfer import ImportedList
 from llmkit.errors import LLMKitError
 from llmkit.schemas import (
     OPTIONAL_FIELDS,
+    SERVERS_OWN,
     Devices,
     Health,
     LoadPlan,
@@ -90,8 +91,19 @@ class Client(Tables, Conversations, ToolKeys):
         """
         return self.connection.server.shared
 
+    @property
+    def place(self) -> str:
+        """The server in words for people: its address, and whether it is a shared one.
+
+        Examples
+        --------
+        >>> client.place
+        'http://127.0.0.1:...'
+        """
+        return f"{self.url} (shared)" if self.shared else self.url
+
     def __repr__(self) -> str:
-        return f"<llmkit.Client {'shared ' if self.shared else ''}{self.url}>"
+        return f"<llmkit.Client {self.place}>"
 
     def close(self) -> None:
         """Close the connections to the server; the models stay as they are.
@@ -261,7 +273,7 @@ class Client(Tables, Conversations, ToolKeys):
         {'temperature': 0.2}
         """
         stored = self.configuration(self.model(model_id).config_id)
-        body = {k: v for k, v in stored.to_wire().items() if k not in ("config_id", "declared")} | changes
+        body = {k: v for k, v in stored.to_wire().items() if k not in SERVERS_OWN} | changes
         body = {k: v for k, v in body.items() if v is not None or k not in OPTIONAL_FIELDS}
         path = path_to("llm/configuration", stored.config_id)
         params = {"reload": "true"} if reload else None

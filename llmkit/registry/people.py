@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmkit.errors import NotAllowed
+from llmkit.registry.model import Model
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,23 @@ def check_owner(by: Person | None, owner: str | None, what: str) -> None:
     if owner is None:
         raise NotAllowed(f"{what} is the administrators' alone.", hint="Ask an administrator of this server.")
     raise NotAllowed(f"{what} is that of {owner}.", hint=f"Ask {owner} or an administrator of this server.")
+
+
+def check_unload(by: Person | None, model: Model) -> None:
+    """Raise `NotAllowed` if somebody may not end a load: it is that of who loaded it, else of who configured it.
+
+    One that is not loaded has nothing to end.
+    """
+    if model.holding:
+        owner = model.loaded_by or model.configuration.configured_by
+        check_owner(by, owner, f"The load of `{model.configuration.model_id}`")
+
+
+def check_force(by: Person | None, *, force: bool) -> None:
+    """Raise `NotAllowed` if somebody may not have busy models unloaded, which can be others'."""
+    if force and by is not None and not by.administers:
+        raise NotAllowed(
+            "`force` ends what others are doing; only administrators load so.",
+            param="force",
+            hint="Load without it: it takes what is free or idle.",
+        )
