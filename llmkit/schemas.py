@@ -492,8 +492,10 @@ class RequestRecord(Wire):
     request_body: str | None = None
     """Only if the operator has bodies recorded."""
     response_body: str | None = None
+    user: str | None = None
+    """Who has asked; only on a server that many people share."""
 
-    model_config = may_lack("request_body", "response_body")
+    model_config = may_lack("request_body", "response_body", "user")
 
 
 class RunningRequest(Wire):
@@ -509,6 +511,10 @@ class RunningRequest(Wire):
     position: int | None = None
     """In the queue: 1 is the next. None if it does not wait there."""
     elapsed_seconds: float
+    user: str | None = None
+    """Who asks; only on a server that many people share."""
+
+    model_config = may_lack("user")
 
 
 class RequestList(Wire):

@@ -38,6 +38,8 @@ class Running:
     stream: bool = False
     key: str | None = None
     """Name of the key for tools that it came with."""
+    user: str | None = None
+    """Who asks, on a server that many people share."""
     task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
     error: LLMKitError | None = None
     """Why somebody else ended it."""
@@ -156,6 +158,7 @@ class Running:
             outcome,
             status,
             error,
+            self.user,
             *self._timings(seconds).values(),
             *((usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) if usage else (None, None, None)),
             *((cost.amount, cost.currency) if cost else (None, None)),
@@ -175,6 +178,7 @@ class Running:
             status=self.status,
             position=position,
             elapsed_seconds=round(time.monotonic() - self.start, 3),
+            user=self.user,
         )
 
 
@@ -184,7 +188,7 @@ def read_record(recorded: Recorded) -> dict[str, Any]:
         recorded
     )
     names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "started_at", "outcome", "status")
-    fields = dict(zip((*names, "error"), head, strict=True))
+    fields = dict(zip((*names, "error", "user"), head, strict=True))
     return {
         **fields,
         "started_at": datetime.fromtimestamp(fields["started_at"], UTC),

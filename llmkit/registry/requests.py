@@ -37,6 +37,7 @@ from llmkit.inference.relay import WholeAnswer, Write, relay
 from llmkit.inference.running import Running
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
+from llmkit.registry.people import Person
 from llmkit.schemas import InferenceAnswer, InferenceRequest, Outcome, Priority, RequestList, RunningRequest
 from llmkit.tool_keys import ToolKey
 
@@ -89,6 +90,7 @@ class Requests:
         *,
         priority: Priority = "interactive",
         key: ToolKey | None = None,
+        by: Person | None = None,
         known: Known | None = None,
     ) -> InferenceAnswer:
         """Answer a prompt.
@@ -103,6 +105,8 @@ class Requests:
             The class of the request in the queue.
         key
             The key for tools that it came with: it asks only the models that this one may, also as a fallback.
+        by
+            Who asks.
         known
             Called once, with the request, before anything is waited for.
 
@@ -112,7 +116,14 @@ class Requests:
         """
         options = read_options(request)
         model = find_for(key, self._find, request.model_id)
-        running = Running(request.model_id, "inference", priority=priority, stream=send is not None, key=_name_of(key))
+        running = Running(
+            request.model_id,
+            "inference",
+            priority=priority,
+            stream=send is not None,
+            key=_name_of(key),
+            user=_name_of(by),
+        )
         if options.request_id is not None:
             running.request_id = options.request_id
         if running.request_id in self._running:
@@ -157,6 +168,7 @@ class Requests:
         priority: Priority = "interactive",
         headers: Mapping[str, str] | None = None,
         key: ToolKey | None = None,
+        by: Person | None = None,
         known: Known | None = None,
     ) -> WholeAnswer | None:
         """Answer a request of OpenAI's API, with the engine's own words.
@@ -169,7 +181,7 @@ class Requests:
             OpenAI's; ``model`` is a ``model_id``.
         write
             Takes whole events of a streamed answer, and is awaited before more is read.
-        priority, key, known
+        priority, key, by, known
             As in `infer`.
         headers
             Of the client's request, those that the engine may see.
@@ -186,7 +198,7 @@ class Requests:
         model = find_for(key, self._find, openai_api.model_of(body))
         openai_api.check(body)
         model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
-        running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key))
+        running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key), user=_name_of(by))
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
@@ -297,12 +309,12 @@ class Requests:
     def __len__(self) -> int:
         return len(self._running)
 
-    def running(self, model_id: str | None = None) -> list[RunningRequest]:
-        """Give the requests that are not over, oldest first."""
+    def running(self, model_id: str | None = None, by: Person | None = None) -> list[RunningRequest]:
+        """Give the requests that are not over, oldest first, as far as who looks may see them."""
         positions: dict[str, dict[Any, int]] = {}
         found = []
         for one in self._running.values():
-            if model_id not in (None, one.model_id):
+            if model_id not in (None, one.model_id) or not _may_see(by, one):
                 continue
             name = one.answered_by or one.model_id
             if name not in positions:
@@ -320,15 +332,16 @@ class Requests:
         except LLMKitError:
             return None  # deleted meanwhile
 
-    async def overview(self, limit: int, model_id: str | None = None) -> RequestList:
-        """Give what runs, and as much of what is over."""
-        recent = await self._history.recent(limit, model_id)
-        return RequestList(running=self.running(model_id), recent=recent)
+    async def overview(self, limit: int, model_id: str | None = None, by: Person | None = None) -> RequestList:
+        """Give what runs, and as much of what is over: their own to people who do not administer the server."""
+        user = None if by is None or by.administers else by.name
+        recent = await self._history.recent(limit, model_id, user)
+        return RequestList(running=self.running(model_id, by), recent=recent)
 
-    def cancel(self, request_id: str, key: ToolKey | None = None) -> None:
-        """End a running request, with a key for tools only one of its own, or raise `RequestNotFound`."""
+    def cancel(self, request_id: str, key: ToolKey | None = None, by: Person | None = None) -> None:
+        """End a running request, or raise `RequestNotFound`; with a key for tools, or of many people, an own one."""
         running = self._running.get(request_id)
-        if running is None or (key is not None and running.key != key.name):
+        if running is None or (key is not None and running.key != key.name) or not _may_see(by, running):
             raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
         running.abort(RequestCancelled("The request was cancelled.", hint="Somebody deleted it by its request_id."))
 
@@ -355,8 +368,12 @@ def find_for(key: ToolKey | None, find: Callable[[str], Model], model_id: str) -
     )
 
 
-def _name_of(key: ToolKey | None) -> str | None:
-    return None if key is None else key.name
+def _name_of(asker: ToolKey | Person | None) -> str | None:
+    return None if asker is None else asker.name
+
+
+def _may_see(by: Person | None, running: Running) -> bool:
+    return by is None or by.administers or by.name == running.user
 
 
 def _tries(http: EngineHTTP) -> tuple[bool, ...]:
