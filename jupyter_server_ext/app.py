@@ -25,6 +25,7 @@ from jupyter_server_ext import hub, openapi
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
+from llmkit.registry.budgets import LIMITS
 from llmkit.registry.changes import Event
 from llmkit.registry.registry import ModelRegistry, Settings
 from llmkit.registry.rules import Rules, check_pattern
@@ -154,6 +155,13 @@ class LLMKitApp(ExtensionApp):
         min=MAX_CONVERSATION_BYTES,
         help="Bytes of all conversations that are kept, together; the oldest go first.",
     ).tag(config=True)
+    user_limits = Dict(
+        key_trait=CaselessStrEnum(list(LIMITS)),
+        value_trait=Int(min=0),
+        help="What each user may ask of a service of JupyterHub, for example {'requests_per_minute': 20, "
+        "'tokens_per_day': 200000}; also requests_per_day and tokens_per_minute. They do not hold for "
+        "administrators.",
+    ).tag(config=True)
     owner_pid = Int(
         0,
         min=0,
@@ -261,6 +269,7 @@ class LLMKitApp(ExtensionApp):
             folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
                 self.log.warning("Ended an engine that a killed server had left: %s", engine)
+            shared = hub.service_name(os.environ) is not None
             settings = Settings(
                 state_dir=Path(self.state_dir),
                 run_dir=folder.path,
@@ -277,7 +286,10 @@ class LLMKitApp(ExtensionApp):
                 standby=self.standby,
                 record_bodies=self.record_bodies,
                 max_record_bytes=self.max_record_bytes,
-                max_conversations=self.max_conversations,
+                # Everybody could read everybody's.
+                max_conversations=0 if shared else self.max_conversations,
+                shared=shared,
+                user_limits=self.user_limits,
                 max_conversation_bytes=self.max_conversation_bytes,
                 url=self._server.connection_url,
             )

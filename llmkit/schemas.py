@@ -524,6 +524,27 @@ class RequestList(Wire):
     recent: list[RequestRecord]
 
 
+class UsageOfDay(Wire):
+    """What one user has asked of one model on one day."""
+
+    day: str
+    """Of UTC, as ``2026-11-25``."""
+    user: str
+    model_id: str
+    requests: int
+    tokens: int
+    """Of prompts and answers; what nobody has counted is what was reserved for it."""
+
+
+class UsageList(Wire):
+    """Answer of ``GET /llm/usage/``: who has used how much, and what is left to who asks."""
+
+    usage: list[UsageOfDay]
+    limits: dict[str, int]
+    """``requests_per_minute`` and the like, for everybody but administrators; what is not named is not limited."""
+    left: dict[str, int]
+
+
 ANSWER_MAY_LACK: Final = ("reasoning", "tool_calls", "logprobs", "cost")
 """Fields of an answer that appear only if there is something in them."""
 

@@ -27,6 +27,7 @@ from jupyter_server_ext.handlers.observability import (
     HealthHandler,
     LogsHandler,
     OpenAPIHandler,
+    UsageHandler,
 )
 from jupyter_server_ext.handlers.openai_api import (
     RELAYED_PATHS,
@@ -60,6 +61,7 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/models/([^/]+)/metrics/?", EngineMetricsHandler),
     (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
+    (r"/llm/usage/?", UsageHandler),
     (r"/llm/openapi\.json", OpenAPIHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),
 ]

@@ -131,6 +131,11 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
         tell: Callable[[Any], Person] | None = getattr(self.authorizer, "person", None)
         return None if tell is None else tell(self.current_user)
 
+    def check_administers(self) -> None:
+        """Raise `NotAllowed` where many people share the server and this one does not administer it."""
+        if self.person is not None and not self.person.administers:
+            raise errors.NotAllowed("Only administrators of this server do this.", hint="Ask one of them.")
+
     # -- the request ---------------------------------------------------------------------------------------
 
     async def read_body(self, model: type[M]) -> M:

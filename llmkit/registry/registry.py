@@ -30,6 +30,7 @@ from llmkit.errors import (
 from llmkit.inference.metrics import Metrics
 from llmkit.inference.running import read_record
 from llmkit.process.devices import Devices
+from llmkit.registry.budgets import Budgets
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.conversations import MOST, MOST_BYTES, Conversations
@@ -82,6 +83,10 @@ class Settings:
     max_record_bytes: int = 64 << 20
     max_conversations: int = MOST
     max_conversation_bytes: int = MOST_BYTES
+    shared: bool = False
+    """Whether many people share this server, and each of them is told apart."""
+    user_limits: Mapping[str, int] = field(default_factory=dict)
+    """Of each of them, by the names of `budgets.LIMITS`."""
     url: str = ""
     """Of this server, for the words of another that shares its home."""
     configurations: Sequence[Mapping[str, Any]] = ()
@@ -124,6 +129,8 @@ class ModelRegistry:
         Those that are kept.
     keys
         Keys for tools.
+    budgets
+        Of the people who share the server; None where all are one.
     """
 
     def __init__(
@@ -179,8 +186,14 @@ class ModelRegistry:
             max_bytes=settings.max_record_bytes,
             most_pending=PENDING_WITH_BODIES if settings.record_bodies else PENDING,
         )
+        self.budgets = Budgets(settings.state_dir, dict(settings.user_limits), logger) if settings.shared else None
         self.requests = Requests(
-            self._for_request, self._metrics, self._history, logger, record_bodies=settings.record_bodies
+            self._for_request,
+            self._metrics,
+            self._history,
+            logger,
+            record_bodies=settings.record_bodies,
+            budgets=self.budgets,
         )
         self.conversations = Conversations(
             settings.state_dir, most=settings.max_conversations, most_bytes=settings.max_conversation_bytes
@@ -213,6 +226,8 @@ class ModelRegistry:
                 # The operator reads the log; the other models are served meanwhile.
                 self._log.error("c.LLMKitApp.configurations: %s", error)
         await self._history.open()
+        if self.budgets is not None:
+            await self.budgets.open()
         await self.keys.catch_up()
         self._metrics.show()
         self._spawn(self._follow_other_servers())
@@ -239,6 +254,8 @@ class ModelRegistry:
         await self._readiness.close()
         self._metrics.hide()
         await self._history.close()
+        if self.budgets is not None:
+            await self.budgets.close()
         await self.conversations.close()
         await self.keys.close()
         await self._stored.close()
@@ -257,7 +274,7 @@ class ModelRegistry:
 
     def health(self) -> Health:
         """Say whether registry and store are well."""
-        parts = (self._stored, self._history, self.conversations, self.keys)
+        parts = (self._stored, self._history, self.conversations, self.keys, *filter(None, [self.budgets]))
         problems = [problem for part in parts for problem in part.problems()]
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
@@ -328,6 +345,13 @@ class ModelRegistry:
         async with http.open("//metrics", method="GET") as response, asyncio.timeout(METRICS_SECONDS):
             await http.check_status(response)
             return await read_whole(response)
+
+    async def usage(self, by: Person | None = None) -> schemas.UsageList:
+        """Give who has used how much, as far as who asks may see it; nothing where people are not told apart."""
+        if self.budgets is None or by is None:
+            return schemas.UsageList(usage=[], limits={}, left={})
+        usage = await self.budgets.by_day(None if by.administers else by.name)
+        return schemas.UsageList(usage=usage, limits=self.budgets.limits, left=self.budgets.left(by.name))
 
     def snapshot(self) -> Snapshot:
         """Give every model as it is now."""

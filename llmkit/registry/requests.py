@@ -14,6 +14,7 @@ from pydantic_core import to_json
 
 from llmkit.engines.http import EngineHTTP
 from llmkit.errors import (
+    BudgetExhausted,
     EngineGone,
     EngineRefused,
     LLMKitError,
@@ -35,6 +36,7 @@ from llmkit.inference.metrics import Metrics
 from llmkit.inference.prompting import Collector, read_options, to_openai
 from llmkit.inference.relay import WholeAnswer, Write, relay
 from llmkit.inference.running import Running
+from llmkit.registry.budgets import Budgets, Charge, most_tokens
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
 from llmkit.registry.people import Person
@@ -46,6 +48,9 @@ CLIENT_CLOSED_REQUEST: Final = 499
 _REFUSED: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 _WORTH_ANOTHER: Final = (EngineGone, NotReady, RateLimited, TimedOut)
 """Errors of a model after which its fallback is asked; not what is wrong with the request, nor a full queue."""
+
+_ANSWERING: Final = ("chat/completions", "completions", "responses")
+"""Of the paths of OpenAI's API, those whose answers are made of tokens."""
 
 Send = Callable[..., Awaitable[None]]
 Known = Callable[[Running], None]
@@ -63,6 +68,8 @@ class Requests:
         Told of every request that is over.
     record_bodies
         Whether what was asked and answered is remembered, too.
+    budgets
+        Of the people who share the server; None where all are one.
     """
 
     def __init__(
@@ -73,8 +80,10 @@ class Requests:
         logger: logging.Logger,
         *,
         record_bodies: bool = False,
+        budgets: Budgets | None = None,
     ) -> None:
         self._find = find
+        self._budgets = budgets
         self._metrics = metrics
         self._history = history
         self._log = logger
@@ -157,7 +166,8 @@ class Requests:
             running.keep("".join(collector.text).encode("utf-8", "replace"))
             return collector.answer(running, turn.capabilities.engine_version)
 
-        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known)
+        most = self._most(model, {**request.inference_kwargs, "prompt": request.prompt}, by)
+        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known, by=by, most=most)
 
     async def relay(
         self,
@@ -227,7 +237,8 @@ class Requests:
                     break
             return answer
 
-        return await self._run(model, running, ask, key=key, known=known)
+        most = self._most(model, body, by, answers=api in _ANSWERING)
+        return await self._run(model, running, ask, key=key, known=known, by=by, most=most)
 
     async def _run(
         self,
@@ -238,15 +249,20 @@ class Requests:
         idle_ttl: float | None = None,
         key: ToolKey | None = None,
         known: Known | None = None,
+        by: Person | None = None,
+        most: int = 0,
     ) -> T:
         """Ask a model, or its fallback, and note how it ends."""
         self._running[running.request_id] = running
         outcome: Outcome = "failed"
         status, code = 500, None
         tried: list[Model] = []
+        charge: Charge | None = None
         try:
             if known is not None:
                 known(running)
+            if self._budgets is not None and by is not None:
+                charge = await _reserve(self._budgets, running, by, most)
             while True:
                 configuration = model.configuration
                 running.ask(configuration.model_id, configuration.prices)
@@ -274,7 +290,17 @@ class Requests:
             raise
         finally:
             del self._running[running.request_id]
+            if charge is not None and self._budgets is not None:
+                _settle(self._budgets, charge, running, outcome)
             self._note(running, outcome, int(status), code)
+
+    def _most(self, model: Model, asked: dict[str, Any], by: Person | None, *, answers: bool = True) -> int:
+        """Give the tokens that a request can take, where anybody counts them."""
+        if self._budgets is None or by is None:
+            return 0
+        own = (model.generation.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        default = next((number for number in own if isinstance(number, int)), None)
+        return most_tokens(asked, default if answers else 0)
 
     def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model], key: ToolKey | None) -> Model | None:
         """Give the model to ask instead, or None."""
@@ -376,6 +402,26 @@ def _may_see(by: Person | None, running: Running) -> bool:
     return by is None or by.administers or by.name == running.user
 
 
+async def _reserve(budgets: Budgets, running: Running, by: Person, most: int) -> Charge:
+    try:
+        return await budgets.reserve(by.name, running.model_id, most, limited=not by.administers)
+    except asyncio.CancelledError as raised:
+        running.tell(raised)  # it was cancelled by its ID
+        raise
+
+
+def _settle(budgets: Budgets, charge: Charge, running: Running, outcome: Outcome) -> None:
+    """Charge what a request took: nothing if it was never sent, no tokens if the engine has answered nothing."""
+    if running.sent is None:
+        budgets.take_back(charge)
+    elif running.usage is not None:
+        told = running.usage
+        whole = (told.prompt_tokens or 0) + (told.completion_tokens or 0)
+        budgets.settle(charge, max(told.total_tokens or 0, whole))
+    else:
+        budgets.settle(charge, 0 if outcome in ("refused", "failed") and not running.answering else None)
+
+
 def _tries(http: EngineHTTP) -> tuple[bool, ...]:
     """Say whether to ask for the usage of a stream, and again without that where an endpoint does not know it.
 
@@ -410,7 +456,7 @@ async def _collect(http: EngineHTTP, path: str, body: dict[str, Any], running: R
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | BudgetExhausted):
         return "rejected"
     if isinstance(error, RequestCancelled | ModelUnloaded):
         return "cancelled"
