@@ -28,6 +28,7 @@ from jupyter_server_ext.handlers.observability import (
     LogsHandler,
     OpenAPIHandler,
     UsageHandler,
+    UsageTableHandler,
 )
 from jupyter_server_ext.handlers.openai_api import (
     RELAYED_PATHS,
@@ -62,6 +63,7 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
     (r"/llm/usage/?", UsageHandler),
+    (r"/llm/usage\.csv", UsageTableHandler),
     (r"/llm/openapi\.json", OpenAPIHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),
 ]

@@ -14,13 +14,12 @@ from tornado import web
 
 from jupyter_server_ext.handlers.base import RESOURCE, LLMHandler
 from jupyter_server_ext.handlers.streaming import StreamHandler
-from jupyter_server_ext.operations import Flag, Number, Text, describes
+from jupyter_server_ext.operations import Flag, Number, describes
 from llmkit.errors import EngineGone, ModelNotFound, ModelNotLoaded, NotSupported, TimedOut
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import Devices, Health, LogTail, UsageList, UsageOfDay
 
 TAIL = Number("tail", "Lines at most.", 200, 10_000)
-FORMAT = Text("format", "`csv` for a spreadsheet, instead of JSON.", ("json", "csv"))
 FOLLOW = Flag("follow", "Stream the log: the last lines first, then what is added.")
 
 
@@ -43,21 +42,29 @@ class UsageHandler(LLMHandler):
 
     _track_activity = False
 
-    @describes(answer=UsageList, query=(FORMAT,))
+    @describes(answer=UsageList)
     @web.authenticated
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
-        """Answer who has used how much: their own usage to people who do not administer the server.
+        """Answer who has used how much: their own usage to people who do not administer the server."""
+        registry = await self.registry()
+        self.answer(await registry.usage(self.person))
 
-        With ``format=csv`` as a file for a spreadsheet.
-        """
+
+class UsageTableHandler(LLMHandler):
+    """``GET /llm/usage.csv``."""
+
+    _track_activity = False
+
+    @describes(answer=str, text="text/csv")
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Answer who has used how much, as a table for a spreadsheet."""
         told = await (await self.registry()).usage(self.person)
-        if self.get_query_argument(FORMAT.name, "json") == "csv":
-            self.set_header("Content-Type", "text/csv; charset=utf-8")
-            self.set_header("Content-Disposition", 'attachment; filename="usage.csv"')
-            self.finish(_to_csv(told.usage))
-            return
-        self.answer(told)
+        self.set_header("Content-Type", "text/csv; charset=utf-8")
+        self.set_header("Content-Disposition", 'attachment; filename="usage.csv"')
+        self.finish(_to_csv(told.usage), set_content_type="text/csv; charset=utf-8")
 
 
 class OpenAPIHandler(LLMHandler):

@@ -149,7 +149,7 @@ class Budgets:
         """
         rows, self._last = await self._on_disk(self._open, self._clock())
         for row in rows:
-            charge = Charge(*row[:-1], settled=bool(row[-1]))
+            charge = Charge(*row)
             for window in self._of(charge.user):
                 window.add(charge)
 

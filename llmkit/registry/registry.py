@@ -274,8 +274,9 @@ class ModelRegistry:
 
     def health(self) -> Health:
         """Say whether registry and store are well."""
-        parts = (self._stored, self._history, self.conversations, self.keys, *filter(None, [self.budgets]))
+        parts = (self._stored, self._history, self.conversations, self.keys)
         problems = [problem for part in parts for problem in part.problems()]
+        problems += self.budgets.problems() if self.budgets is not None else []
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,
