@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,14 @@ def make(folder: Path, clock: Clock, **limits: int) -> Budgets:
     return Budgets(folder, limits, LOG, clock)
 
 
-@pytest.fixture
-async def budgets(tmp_path: Path, clock: Clock) -> AsyncIterator[Budgets]:
-    made = make(tmp_path, clock, requests_per_minute=3, tokens_per_day=1000)
-    await made.open()
-    yield made
-    await made.close()
+@asynccontextmanager
+async def opened(folder: Path, clock: Clock, **limits: int) -> AsyncIterator[Budgets]:
+    budgets = make(folder, clock, **(limits or {"requests_per_minute": 3, "tokens_per_day": 1000}))
+    await budgets.open()
+    try:
+        yield budgets
+    finally:
+        await budgets.close()
 
 
 async def test_concurrent_requests_cannot_overdraw(tmp_path: Path, clock: Clock) -> None:
@@ -56,52 +59,58 @@ async def test_concurrent_requests_cannot_overdraw(tmp_path: Path, clock: Clock)
     await budgets.close()
 
 
-async def test_one_user_does_not_spend_what_is_anothers(budgets: Budgets) -> None:
-    await budgets.reserve("ada", "m", 1000)
-    with pytest.raises(BudgetExhausted):
-        await budgets.reserve("ada", "m", 1)
-    await budgets.reserve("ben", "m", 1000)
+async def test_one_user_does_not_spend_what_is_anothers(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        await budgets.reserve("ada", "m", 1000)
+        with pytest.raises(BudgetExhausted):
+            await budgets.reserve("ada", "m", 1)
+        await budgets.reserve("ben", "m", 1000)
 
 
-async def test_a_refusal_says_when_to_come_back(budgets: Budgets, clock: Clock) -> None:
-    for _ in range(3):
+async def test_a_refusal_says_when_to_come_back(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        for _ in range(3):
+            await budgets.reserve("ada", "m", 10)
+            clock.now += 10
+        with pytest.raises(BudgetExhausted, match="3 requests a minute") as caught:
+            await budgets.reserve("ada", "m", 10)
+        assert caught.value.status == 429
+        assert caught.value.details["retry_after"] == pytest.approx(MINUTE - 30)
+        clock.now += caught.value.details["retry_after"]
         await budgets.reserve("ada", "m", 10)
-        clock.now += 10
-    with pytest.raises(BudgetExhausted, match="3 requests a minute") as caught:
-        await budgets.reserve("ada", "m", 10)
-    assert caught.value.status == 429
-    assert caught.value.details["retry_after"] == pytest.approx(MINUTE - 30)
-    clock.now += caught.value.details["retry_after"]
-    await budgets.reserve("ada", "m", 10)
-    with pytest.raises(BudgetExhausted, match="a minute"):
-        await budgets.reserve("ada", "m", 10)
+        with pytest.raises(BudgetExhausted, match="a minute"):
+            await budgets.reserve("ada", "m", 10)
 
 
-async def test_what_never_fits_does_not_ask_to_wait(budgets: Budgets) -> None:
-    with pytest.raises(BudgetExhausted, match="could take 1001 tokens; you have 1000 a day") as caught:
-        await budgets.reserve("ada", "m", 1001)
-    assert "retry_after" not in caught.value.details
-    assert caught.value.param == "max_tokens"
+async def test_what_never_fits_does_not_ask_to_wait(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        with pytest.raises(BudgetExhausted, match="could take 1001 tokens; you have 1000 a day") as caught:
+            await budgets.reserve("ada", "m", 1001)
+        assert "retry_after" not in caught.value.details
+        assert caught.value.param == "max_tokens"
 
 
-async def test_what_is_not_sent_costs_nothing(budgets: Budgets) -> None:
-    charge = await budgets.reserve("ada", "m", 1000)
-    budgets.take_back(charge)
-    budgets.settle(charge, 5)  # too late
-    assert budgets.left("ada") == {"requests_per_minute": 3, "tokens_per_day": 1000}
-    assert await budgets.by_day() == []
+async def test_what_is_not_sent_costs_nothing(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        charge = await budgets.reserve("ada", "m", 1000)
+        budgets.take_back(charge)
+        budgets.settle(charge, 5)  # too late
+        assert budgets.left("ada") == {"requests_per_minute": 3, "tokens_per_day": 1000}
+        assert await budgets.by_day() == []
 
 
-async def test_what_nobody_has_counted_stays_as_it_was_reserved(budgets: Budgets) -> None:
-    budgets.settle(await budgets.reserve("ada", "m", 400), None)
-    assert budgets.left("ada")["tokens_per_day"] == 600
+async def test_what_nobody_has_counted_stays_as_it_was_reserved(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        budgets.settle(await budgets.reserve("ada", "m", 400), None)
+        assert budgets.left("ada")["tokens_per_day"] == 600
 
 
-async def test_administrators_are_recorded_and_not_limited(budgets: Budgets) -> None:
-    for _ in range(5):
-        await budgets.reserve("grace", "m", 900, limited=False)
-    (day,) = await budgets.by_day("grace")
-    assert (day.requests, day.tokens) == (5, 4500)
+async def test_administrators_are_recorded_and_not_limited(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        for _ in range(5):
+            await budgets.reserve("grace", "m", 900, limited=False)
+        (day,) = await budgets.by_day("grace")
+        assert (day.requests, day.tokens) == (5, 4500)
 
 
 async def test_a_killed_server_forgets_nothing(tmp_path: Path, clock: Clock) -> None:
@@ -138,12 +147,13 @@ async def test_a_cancelled_reservation_leaves_nothing(tmp_path: Path, clock: Clo
     await budgets.close()
 
 
-async def test_what_leaves_a_window_while_it_runs_is_settled_once(budgets: Budgets, clock: Clock) -> None:
-    charge = await budgets.reserve("ada", "m", 500)
-    clock.now += MINUTE + 1
-    await budgets.reserve("ada", "m", 100)
-    budgets.settle(charge, 50)
-    assert budgets.left("ada") == {"requests_per_minute": 2, "tokens_per_day": 850}
+async def test_what_leaves_a_window_while_it_runs_is_settled_once(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        charge = await budgets.reserve("ada", "m", 500)
+        clock.now += MINUTE + 1
+        await budgets.reserve("ada", "m", 100)
+        budgets.settle(charge, 50)
+        assert budgets.left("ada") == {"requests_per_minute": 2, "tokens_per_day": 850}
 
 
 # -- what a request can take ----------------------------------------------------------------------------------
