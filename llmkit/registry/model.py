@@ -142,6 +142,7 @@ class Model:
         self.owner: str | None = None
         self._loaded_by: str | None = None
         self._next_by: str | None = None
+        self._leased_until = 0.0
         self._restart_task: asyncio.Task[None] | None = None
         self._load_seconds: float | None = None
         self._loaded_at: datetime | None = None
@@ -249,7 +250,7 @@ class Model:
             self._memory, self._capabilities, self._loaded_at = NOT_LOADED, Capabilities(), None
             self._asked_ttl = None
         if status == "unloaded":
-            self._loaded_by = None
+            self._loaded_by, self._leased_until = None, 0.0
         self._changed(self, "status")
 
     # -- load ----------------------------------------------------------------------------------------------
@@ -572,6 +573,11 @@ class Model:
         return bool(self.admission.in_flight or self.admission.queued)
 
     @property
+    def leased(self) -> bool:
+        """Whether somebody's batch has it, on a server that many people share: also between two of its requests."""
+        return time.monotonic() < self._leased_until
+
+    @property
     def idle_since(self) -> datetime | None:
         """The end of the last request, or of the load if there was none; None if it is not loaded."""
         return max(filter(None, (self._loaded_at, self._last_used_at))) if self._loaded_at else None
@@ -675,6 +681,8 @@ class Model:
         running = use.running
         if self._running.pop(running.request_id, None) is not None:
             self._last_used_at = datetime.now(UTC)
+            if running.user is not None and running.priority == "batch":
+                self._leased_until = time.monotonic() + policies.LEASE_SECONDS
         if use.slot is not None:
             self.admission.leave(use.slot)
         self._calmer.set()
