@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -385,6 +386,7 @@ class LLMKitApp(ExtensionApp):
         # Not in a subclass: its name would be that of its section in the operator's configuration, too.
         server.default_services = BARE_SERVICES
         if hub.service_name(os.environ):
+            importlib.import_module(hub.EXTENSION)  # without it nobody could be let in
             server.jpserver_extensions = {**server.jpserver_extensions, hub.EXTENSION: True}
         return server
 

@@ -236,7 +236,7 @@ class Budgets:
                         f"This could take {more} {what}; you have {limit} a {span}.",
                         param="max_tokens",
                         hint="Ask for less: a shorter prompt, or a smaller max_tokens.",
-                        details={"limit": limit, "used": used, "per": span},
+                        details={"limit": limit, "used": used, "per": span, "retry_after": window.seconds},
                     )
                 wait = window.wait(now, **{what: used + more - limit})
                 raise BudgetExhausted(
