@@ -104,7 +104,7 @@ class Asking:
         self._news: deque[Row] = deque()
         self._left = iter(self.plan.identities)
         self._working = self.plan.concurrency
-        self._resting = {_FULL: 0, _SLOW: 0}
+        self._resting = {_FULL: 0, _SPENT: 0, _SLOW: 0}
         self._waiting_for = ""
         self._answers, self._answered_at = 0, 0.0
         self._good: Row | None = None
