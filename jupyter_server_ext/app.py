@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import importlib
 import os
 import sys
 import tempfile
@@ -271,6 +270,8 @@ class LLMKitApp(ExtensionApp):
             for engine in await asyncio.to_thread(folder.remove_abandoned):
                 self.log.warning("Ended an engine that a killed server had left: %s", engine)
             shared = hub.service_name(os.environ) is not None
+            if shared:
+                hub.check_identity(self._server.identity_provider)
             settings = Settings(
                 state_dir=Path(self.state_dir),
                 run_dir=folder.path,
@@ -386,7 +387,6 @@ class LLMKitApp(ExtensionApp):
         # Not in a subclass: its name would be that of its section in the operator's configuration, too.
         server.default_services = BARE_SERVICES
         if hub.service_name(os.environ):
-            importlib.import_module(hub.EXTENSION)  # without it nobody could be let in
             server.jpserver_extensions = {**server.jpserver_extensions, hub.EXTENSION: True}
         return server
 

@@ -13,10 +13,11 @@ from jupyter_server.auth.authorizer import Authorizer
 from traitlets import Unicode
 
 from jupyter_server_ext.handlers.base import RESOURCE
+from llmkit.errors import NotReady
 from llmkit.registry.people import Person
 
-EXTENSION: Final = "jupyterhub.singleuser.extension"
-"""JupyterHub's, which finds out who asks; a server in which it cannot be loaded ends."""
+EXTENSION: Final = "jupyterhub"
+"""JupyterHub's, which finds out who asks."""
 PROMPTING: Final = frozenset({"read", "execute"})
 EVERYBODY: Final = frozenset({("api", "read"), ("events", "execute")})
 """Of Jupyter's own resources, what the users of a service need: to be told of it, and of changes."""
@@ -25,9 +26,20 @@ EVERYBODY: Final = frozenset({("api", "read"), ("events", "execute")})
 def service_name(environ: Mapping[str, str]) -> str | None:
     """Give the name of the Hub's service that this process is, or None.
 
-    A user's own server knows the Hub, too, and is no service.
+    A user's own server knows the Hub, too, and has no such name.
     """
-    return None if "JUPYTERHUB_USER" in environ else environ.get("JUPYTERHUB_SERVICE_NAME") or None
+    return environ.get("JUPYTERHUB_SERVICE_NAME") or None
+
+
+def check_identity(provider: Any) -> None:
+    """Raise `NotReady` if a server does not ask the Hub who its users are."""
+    from jupyterhub.singleuser.extension import JupyterHubIdentityProvider  # nobody else has it installed
+
+    if not isinstance(provider, JupyterHubIdentityProvider):
+        raise NotReady(
+            f"This is a service of JupyterHub, but {type(provider).__name__} says who its users are.",
+            hint="Start it with `jupyter llmkit`, and without another identity provider.",
+        )
 
 
 class HubAuthorizer(Authorizer):

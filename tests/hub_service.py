@@ -28,6 +28,7 @@ c.Spawner.environment["LLMKIT_SHARED_URL"] = c.JupyterHub.bind_url + "services/l
 _folder = os.path.join(os.getcwd(), "service")
 _service = c.JupyterHub.services[0]
 _service["user"] = ""
+_service["timeout"] = 60
 """
 MANAGED = """
 _service["command"] += ["--allow-root", "--LLMKitApp.standby=off", *{more!r}]

@@ -236,6 +236,7 @@ def test_a_kernel_finds_the_service_and_the_own_registry_too(hub: Hub, model: st
 def test_a_service_that_the_hub_does_not_start(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     external = "_service.pop('command'); _service.pop('user'); _service['api_token'] = 'token-of-the-service'\n"
+    external += "_service['timeout'] = 1\n"  # it is started after the Hub
     (script,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     with Hub(BEFORE + DOCUMENTED.replace("8105", str(port)) + AFTER + external) as hub:
         script = script.replace("8105", str(port)).replace("127.0.0.1:8081", f"127.0.0.1:{hub.hub_port}")
