@@ -55,7 +55,8 @@ def wait_for_service(hub: Hub) -> None:
     """Return when the service answers through the proxy."""
 
     def answers() -> bool:
-        return "llmkit" in httpx.get(f"{hub.url}services/llmkit/llm/health", trust_env=False, timeout=10).text
+        refused = httpx.get(f"{hub.url}services/llmkit/llm/health", trust_env=False, timeout=10)
+        return "Not authenticated" in refused.text
 
     wait_until(answers, "the service", START_SECONDS, interval=0.2)
 
