@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -138,42 +139,33 @@ def test_a_load_takes_longer_than_the_proxy_waits(service: tuple[Hub, int], teac
     teacher.unload("slow")
     # The limit is there: one request that waits for the load is cut off, and the load goes on.
     path = f"{teacher.url}llm/load_model/{teacher.model('slow').config_id}"
-    with httpx.Client(headers=teacher.connection.server.headers, trust_env=False, timeout=60) as plain:
-        try:
-            assert plain.post(path).status_code >= 500
-        except httpx.RemoteProtocolError:
-            pass  # the connection was closed, without a word
+    with (
+        httpx.Client(headers=teacher.connection.server.headers, trust_env=False, timeout=60) as plain,
+        contextlib.suppress(httpx.RemoteProtocolError),  # the connection was closed, without a word
+    ):
+        assert plain.post(path).status_code >= 500
     assert teacher.model("slow").status == "loading"
     teacher.delete("slow", unload=True)
 
 
 def test_what_the_way_through_the_hub_adds(service: tuple[Hub, int], teacher: Client) -> None:
     _, port = service
-    headers = teacher.connection.server.headers
     alone, through = f"http://127.0.0.1:{port}/services/llmkit/", teacher.url
-    body = {"model_id": "gpt", "prompt": "Hello", "inference_kwargs": {"max_tokens": 10}}
-    with httpx.Client(headers=headers, trust_env=False, timeout=60) as plain:
-
-        def ask(base: str) -> None:
-            assert plain.post(f"{base}llm/inference/", json=body).json()["response"] == ANSWER
-
-        def touch(base: str) -> None:
-            assert plain.get(f"{base}api").is_success
-
-        def medians(work: Callable[[str], None]) -> tuple[float, float]:
-            seconds: dict[str, list[float]] = {alone: [], through: []}
-            for _ in range(60):  # by turns, so that both see the same machine
-                for base, taken in seconds.items():
+    options = {"max_tokens": 10}
+    prompt = {"model_id": "gpt", "prompt": "Hello", "inference_kwargs": options}
+    # The same way, but for what a model does: what this takes longer through the proxy is the proxy's own.
+    nothing = {**prompt, "model_id": "unknown"}
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with httpx.Client(headers=teacher.connection.server.headers, trust_env=False, timeout=60) as plain:
+        for _ in range(100):  # by turns, so that all see the same machine
+            for base in (alone, through):
+                for body, status in ((nothing, 404), (prompt, 200)):
                     began = time.perf_counter()
-                    work(base)
-                    taken.append(time.perf_counter() - began)
-            return statistics.median(seconds[alone]), statistics.median(seconds[through])
-
-        bare, proxied = medians(touch)
-        asked, asked_through = medians(ask)
-    proxys_own, added = proxied - bare, asked_through - asked
-    print(
-        f"the proxy adds {proxys_own * 1e3:.2f} ms to {bare * 1e3:.2f} ms, "
-        f"a prompt through it {added * 1e3:.2f} ms to {asked * 1e3:.2f} ms"
-    )
-    assert added <= 2 * proxys_own + 0.002
+                    answer = plain.post(f"{base}llm/inference/", json=body)
+                    seconds[base, body["model_id"]].append(time.perf_counter() - began)
+                    assert answer.status_code == status, answer.text
+    middle = {what: statistics.median(taken) * 1e3 for what, taken in seconds.items()}
+    proxys_own = middle[through, "unknown"] - middle[alone, "unknown"]
+    added = middle[through, "gpt"] - middle[alone, "gpt"]
+    print(f"a prompt takes {middle[alone, 'gpt']:.2f} ms, through the Hub {added:.2f} more; proxy: {proxys_own:.2f} ms")
+    assert added <= 2 * proxys_own + 1.0  # of which a busy machine decides
