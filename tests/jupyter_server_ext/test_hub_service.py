@@ -16,7 +16,7 @@ from hub import Hub, free_ports
 from hub_service import AFTER, BEFORE, DOCUMENTED, KEY, PAGE, config, person, wait_for_service
 from kernels import ServerKernel
 from mock_upstream import ANSWER, USAGE, MockUpstream
-from support import START_SECONDS, own_environment
+from support import DEMO, LOAD_SECONDS, QUESTION, START_SECONDS, own_environment
 
 from llmkit.client import Client, connect
 from llmkit.errors import KeyNotAllowed, LLMKitError, NotAllowed, RefusedByOperator, RequestNotFound
@@ -203,6 +203,23 @@ def test_usage_is_kept_by_name(teacher: Client, student: Client, model: str) -> 
     assert table.headers["Content-Type"].startswith("text/csv")
     assert table.text.splitlines()[0] == "day,user,model_id,requests,tokens"
     assert f",sam,{model}," in table.text
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(LOAD_SECONDS + 6 * START_SECONDS)
+def test_the_demo_model_answers_a_student(teacher: Client, student: Client) -> None:
+    teacher.configure("demo", **DEMO)
+    try:
+        teacher.load("demo", progress=False)
+        pieces = list(student.stream("demo", QUESTION, max_tokens=50, temperature=0))
+        assert "".join(pieces) == ANSWER
+        assert len(pieces) > 1
+        record = student.requests(1).recent[0]
+        assert (record.user, record.model_id, record.outcome) == ("sam", "demo", "ok")
+        assert record.usage is not None
+        assert (record.usage.completion_tokens or 0) > 1
+    finally:
+        teacher.delete("demo", unload=True)
 
 
 # -- from a kernel --------------------------------------------------------------------------------------------
