@@ -16,9 +16,9 @@ from hub import Hub, free_ports
 from hub_service import AFTER, BEFORE, DOCUMENTED, KEY, PAGE, config, person, wait_for_service
 from kernels import ServerKernel
 from mock_upstream import ANSWER, USAGE, MockUpstream
-from support import DEMO, LOAD_SECONDS, QUESTION, START_SECONDS, own_environment
+from support import DEMO, LOAD_SECONDS, QUESTION, START_SECONDS, own_environment, wait_until
 
-from llmkit.client import Client, connect
+from llmkit.client import Client, Watcher, connect
 from llmkit.errors import KeyNotAllowed, LLMKitError, NotAllowed, RefusedByOperator, RequestNotFound
 
 pytestmark = [pytest.mark.hub, pytest.mark.timeout(6 * START_SECONDS)]
@@ -56,6 +56,16 @@ def model(teacher: Client, upstream: MockUpstream) -> str:
     teacher.configure("gpt", "gpt-3", "openai", {"base_url": upstream.base_url, "api_key": "env:CLASS_API_KEY"})
     teacher.load("gpt", progress=False)
     return "gpt"
+
+
+@pytest.fixture
+def adas(hub: Hub) -> Iterator[Client]:
+    """Give a client of ada, who has configured and loaded ``adas``."""
+    with person(hub, "ada") as ada:
+        ada.configure("adas", "any", "fake")
+        ada.load("adas", progress=False)
+        yield ada
+        ada.delete("adas", unload=True)
 
 
 # -- who may --------------------------------------------------------------------------------------------------
@@ -98,17 +108,40 @@ def test_a_student_asks_with_the_key_of_the_class_and_never_sees_it(
         assert KEY not in student.connection.raw("GET", f"llm/{path}").text
 
 
+def test_what_changes_is_told_through_the_proxy(student: Client, adas: Client) -> None:
+    seen: list[tuple[str, str | None]] = []
+    watcher = Watcher(student)
+
+    def listen(watcher: Watcher) -> None:
+        if watcher.snapshot is not None:
+            seen.extend((m.status, m.loaded_by) for m in watcher.snapshot.models if m.model_id == "adas")
+
+    end = watcher.subscribe(listen)
+    try:
+        wait_until(lambda: ("loaded", "ada") in seen, "the first look", START_SECONDS)
+        adas.unload("adas")
+        wait_until(lambda: ("unloaded", None) in seen, "the unload is told", START_SECONDS)
+        adas.load("adas", progress=False)
+        wait_until(lambda: seen[-1] == ("loaded", "ada"), "the load is told", START_SECONDS)
+        assert ("loading", "ada") in seen
+    finally:
+        end()
+        watcher.close()
+
+
+def test_a_stream_comes_through_while_it_goes_on(student: Client, model: str, upstream: MockUpstream) -> None:
+    upstream.never_end("word ", 0.2)
+    try:
+        with student.stream(model, "Hello") as stream:
+            pieces = iter(stream)
+            assert next(pieces) == "word "  # nobody on the way waits for its end, which never comes
+            assert upstream.open_streams == 1
+        wait_until(lambda: upstream.aborted, "who leaves ends it", START_SECONDS)
+    finally:
+        upstream.respond = None
+
+
 # -- whose it is ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def adas(hub: Hub) -> Iterator[Client]:
-    """Give a client of ada, who has configured and loaded ``adas``."""
-    with person(hub, "ada") as ada:
-        ada.configure("adas", "any", "fake")
-        ada.load("adas", progress=False)
-        yield ada
-        ada.delete("adas", unload=True)
 
 
 def test_what_somebody_has_made_others_do_not_change(hub: Hub, adas: Client, teacher: Client) -> None:
