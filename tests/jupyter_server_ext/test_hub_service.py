@@ -278,6 +278,10 @@ def test_a_kernel_finds_the_service_and_the_own_registry_too(hub: Hub, model: st
         assert kernel.run("import llmkit\nprint(sorted(llmkit.connect().permissions()))") == (
             "['execute', 'read', 'write']"
         )
+        (fetch,) = re.findall(r"^  (curl .*usage.*)$", PAGE, re.MULTILINE)
+        fetch = f"subprocess.run(['sh', '-c', {fetch!r}], check=True, capture_output=True)"
+        table = kernel.run(f"import subprocess\n_ = {fetch}\nprint(open('usage.csv').read())")
+        assert f",sam,{model}," in table
 
 
 # -- externally managed ---------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def test_a_service_that_the_hub_does_not_start(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     external = "_service.pop('command'); _service.pop('user'); _service['api_token'] = 'token-of-the-service'\n"
     external += "_service['timeout'] = 1\n"  # it is started after the Hub
-    (script,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    (script,) = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     with Hub(BEFORE + DOCUMENTED.replace("8105", str(port)) + AFTER + external) as hub:
         script = script.replace("8105", str(port)).replace("127.0.0.1:8081", f"127.0.0.1:{hub.hub_port}")
         script = script.replace("TOKEN=...", "TOKEN=token-of-the-service")
