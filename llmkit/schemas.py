@@ -480,6 +480,8 @@ class RequestRecord(Wire):
     """``inference``, or the path below ``/llm/v1``."""
     priority: Priority = "interactive"
     stream: bool = False
+    tool_key: str | None = None
+    """Name of the key for tools that it came with; null for a user of the server."""
     started_at: datetime
     outcome: Outcome
     status: int
@@ -506,6 +508,8 @@ class RunningRequest(Wire):
     api: str
     priority: Priority
     stream: bool
+    tool_key: str | None = None
+    """As in `RequestRecord`."""
     started_at: datetime
     status: Literal["queued", "loading", "running"]
     position: int | None = None

@@ -164,6 +164,8 @@ class JupyterServer:
         File of a certificate and its key: the server then speaks ``https``.
     standby
         As the trait of `LLMKitApp`; off, so that tests do not import vLLM beside each other.
+    python
+        Of the environment that it runs in; by default that of the tests.
 
     Attributes
     ----------
@@ -187,8 +189,10 @@ class JupyterServer:
         port: int = 0,
         certificate: Path | None = None,
         standby: Literal["auto", "on", "off"] = "off",
+        python: Path = Path(sys.executable),
     ) -> None:
         self.app = app
+        self.python = python
         self.standby = standby
         self.port = port
         self.base_url = base_url
@@ -241,7 +245,7 @@ class JupyterServer:
     def start(self) -> Self:
         """Start it, and return when it answers."""
         command = [
-            str(Path(sys.executable).parent / f"jupyter-{self.app}"),
+            str(self.python.parent / f"jupyter-{self.app}"),
             "--ip=127.0.0.1",
             f"--port={self.port}",
             "--no-browser",

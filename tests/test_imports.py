@@ -195,6 +195,18 @@ def test_importing_a_package_is_quick(package: str) -> None:
     assert seconds <= IMPORT_SECONDS[package]
 
 
+def test_the_public_names_are_these_for_people_and_for_type_checkers() -> None:
+    # Who removes or renames one breaks the notebooks of others: that is said in the changelog.
+    public = {"AsyncClient", "Client", "LLMKitError", "__version__", "connect", "panel", "start"}
+    assert set(llmkit.__all__) == public
+    assert {name for name in llmkit._HOMES if name in llmkit.__all__} == public - {"__version__"}
+    (for_checkers,) = [node for node in ast.parse(MODULES["llmkit"].read_text()).body if isinstance(node, ast.If)]
+    imports = [node for node in for_checkers.body if isinstance(node, ast.ImportFrom)]
+    told = {alias.name: node.module for node in imports for alias in node.names}
+    assert {name: resolve("llmkit", name) for name in told} == told
+    assert told.keys() == public - {"__version__"}
+
+
 @pytest.mark.parametrize("name", llmkit.__all__)
 def test_public_names_resolve_and_are_described(name: str) -> None:
     public = getattr(llmkit, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmkit.client.async_client import AsyncAnswerStream, AsyncClient
+from llmkit.client.async_client import AsyncClient
+from llmkit.client.async_streaming import AsyncAnswerStream
 from llmkit.client.client import Client
 from llmkit.client.discovery import connect
 from llmkit.client.events import Watcher

@@ -10,15 +10,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import contextvars
-import ctypes
 import functools
 import re
 import socket
-import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -26,91 +23,23 @@ import httpx
 
 from llmkit.client import discovery
 from llmkit.client import keys as asking_keys
+from llmkit.client.async_streaming import AsyncAnswerStream
 from llmkit.client.client import Client
 from llmkit.client.results import Answer, Configuration, Model
-from llmkit.client.streaming import AnswerStream, Piece, read_events
+from llmkit.client.streaming import read_events
+from llmkit.client.threads import ENDING_SECONDS, PAUSE_SECONDS, Future, Threads, cancel_until_over
 from llmkit.errors import LLMKitError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
-THREADS = 64
-"""So many calls of one client run at once; more wait for their turn."""
 INTERRUPTIBLE = frozenset({"map", "compare"})
 """They work on for long, and end their requests and keep their rows when they are interrupted."""
-_ENDING_THREADS = 8
-_ENDING_SECONDS = 10.0
-"""So long the end of an answer is seen to after its task was cancelled."""
-_PAUSE_SECONDS = 0.05
-_AWAKE_SECONDS = 0.2
-
 _AWAITED_CALL = re.compile(r"(?<![\w.`])client\.(?!openai|async_openai|as_async|stream|follow_logs)\w+\(")
 """Where an example of `Client` calls what is awaited here."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Future = concurrent.futures.Future
-
-
-class _Threads:
-    """Runs calls in threads, and what ends them in threads of their own, as the others may all be waiting."""
-
-    def __init__(self) -> None:
-        self._working = concurrent.futures.ThreadPoolExecutor(THREADS, "llmkit-call")
-        self._ending = concurrent.futures.ThreadPoolExecutor(_ENDING_THREADS, "llmkit-end")
-        self._waiting = 0
-        self._awake: asyncio.AbstractEventLoop | None = None
-
-    async def run(self, call: Callable[[], T], end: Callable[[Future[T]], None] | None = None) -> T:
-        """Run a call; ``end`` ends it if the task is cancelled meanwhile, and is waited for."""
-        # The context goes along, so that what a call prints or shows lands under the cell that awaits it.
-        future = self._working.submit(contextvars.copy_context().run, call)
-        try:
-            return await self._result(future)
-        except asyncio.CancelledError:
-            if end is not None:
-                await self.finish(functools.partial(end, future))
-            raise
-
-    async def run_interruptible(self, call: Callable[[], T]) -> T:
-        """Run a call that ends in order when it is interrupted, and interrupt it if the task is cancelled."""
-        future: Future[T] = Future()
-        run = functools.partial(contextvars.copy_context().run, call)
-        # A thread of its own: an interrupt that comes too late must not hit somebody else's call.
-        thread = threading.Thread(target=_keep_result, args=(future, run), name="llmkit-long-call", daemon=True)
-        thread.start()
-        try:
-            return await self._result(future)
-        except asyncio.CancelledError:
-            await self.finish(functools.partial(_interrupt, thread, future))
-            raise
-
-    async def _result(self, future: Future[T]) -> T:
-        self._waiting += 1
-        loop = asyncio.get_running_loop()
-        if self._awake is not loop:
-            self._awake = loop
-            self._stay_awake(loop)
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            self._waiting -= 1
-
-    def _stay_awake(self, loop: asyncio.AbstractEventLoop) -> None:
-        # A kernel notices the stop button only when its loop wakes; while we wait nothing else might wake it.
-        if self._waiting and self._awake is loop:
-            loop.call_later(_AWAKE_SECONDS, self._stay_awake, loop)
-        elif self._awake is loop:
-            self._awake = None
-
-    async def finish(self, end: Callable[[], None]) -> None:
-        """Run what ends something, whatever becomes of the task."""
-        await asyncio.shield(asyncio.wrap_future(self._ending.submit(end)))
-
-    def close(self) -> None:
-        """Let the threads end when their calls are over."""
-        self._working.shutdown(wait=False, cancel_futures=True)
-        self._ending.shutdown(wait=False)
 
 
 def _awaited(
@@ -125,140 +54,6 @@ def _awaited(
 
     call.__doc__ = _AWAITED_CALL.sub(r"await \g<0>", method.__doc__ or "")
     return call
-
-
-class AsyncAnswerStream(AsyncIterator[str]):
-    """Pieces of an answer as they come, for ``async for``; the attributes are those of `AnswerStream`.
-
-    Cancelling the task that reads, closing it or leaving its ``async with`` block ends the generation on the server.
-
-    Examples
-    --------
-    >>> async for piece in client.stream("demo", "What is the capital of France?"):
-    ...     print(piece, end="")
-    The capital of France is Paris.
-    """
-
-    def __init__(self, stream: AnswerStream, threads: _Threads) -> None:
-        self._stream = stream
-        self._threads = threads
-
-    @property
-    def request_id(self) -> str:
-        """Names the request on the server.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?", request_id="mine")
-        >>> stream.request_id
-        'mine'
-        """
-        return self._stream.request_id
-
-    @property
-    def text(self) -> str:
-        """The text that has come so far.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?")
-        >>> async for _ in stream:
-        ...     pass
-        >>> stream.text
-        'The capital of France is Paris.'
-        """
-        return self._stream.text
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning that has come so far.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?")
-        >>> async for _ in stream:
-        ...     pass
-        >>> stream.reasoning
-        ''
-        """
-        return self._stream.reasoning
-
-    @property
-    def answer(self) -> Answer | None:
-        """The whole answer, once the last piece has been taken.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?")
-        >>> async for _ in stream:
-        ...     pass
-        >>> stream.answer.finish_reason
-        'stop'
-        """
-        return self._stream.answer
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> str:
-        piece = await self._take(lambda: next(self._stream, None))
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
-
-    async def pieces(self) -> AsyncGenerator[Piece]:
-        """Give what comes, the model's reasoning too.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?")
-        >>> [piece.reasoning async for piece in stream.pieces() if piece.reasoning]
-        []
-        """
-        pieces = self._stream.pieces()
-        while (piece := await self._take(lambda: next(pieces, None))) is not None:
-            yield piece
-
-    async def _take(self, call: Callable[[], T]) -> T:
-        return await self._threads.run(call, self._end)
-
-    def _end(self, reading: Future[Any]) -> None:
-        _cancel_until_over(reading, self._stream.cancel)
-        if reading.done():
-            self._stream.close()
-
-    async def cancel(self) -> None:
-        """End the generation on the server; who reads gets an error.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?")
-        >>> await anext(stream)
-        'The'
-        >>> await stream.cancel()
-        >>> await stream.close()
-        """
-        await self._threads.finish(self._stream.cancel)
-
-    async def close(self) -> None:
-        """End the generation on the server, if it still runs.
-
-        Examples
-        --------
-        >>> stream = client.stream("demo", "What is the capital of France?")
-        >>> await anext(stream)
-        'The'
-        >>> await stream.close()
-        """
-        await self._threads.finish(self._stream.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class AsyncClient:
@@ -286,7 +81,7 @@ class AsyncClient:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._threads = _Threads()
+        self._threads = Threads()
 
     @classmethod
     async def connect(
@@ -445,7 +240,7 @@ class AsyncClient:
         request_id = str(inference_kwargs.setdefault("request_id", f"req-{uuid.uuid4().hex}"))
 
         def end(asking: Future[Answer]) -> None:
-            _cancel_until_over(asking, lambda: self._client.cancel(request_id))
+            cancel_until_over(asking, lambda: self._client.cancel(request_id))
 
         return await self._threads.run(lambda: self._client.prompt(model_id, prompt, **inference_kwargs), end)
 
@@ -476,14 +271,14 @@ class AsyncClient:
 
         def end(loading: Future[Model]) -> None:
             # Only a load of our own: that of somebody else goes on.
-            deadline = time.monotonic() + _ENDING_SECONDS
+            deadline = time.monotonic() + ENDING_SECONDS
             while not loading.done() and time.monotonic() < deadline:
                 with contextlib.suppress(LLMKitError):
                     if before and before[0].status != "loading" and self._client.model(model_id).status == "loading":
                         self._client.unload(model_id)
                 if before and before[0].status == "loading":
                     return
-                concurrent.futures.wait([loading], _PAUSE_SECONDS)
+                concurrent.futures.wait([loading], PAUSE_SECONDS)
 
         return await self._threads.run(load, end)
 
@@ -520,37 +315,10 @@ class AsyncClient:
             def end(reading: Future[Any]) -> None:
                 # The silence of a log has no end: the thread that reads is woken by the end of its connection.
                 _hang_up(response)
-                concurrent.futures.wait([reading], _ENDING_SECONDS)
+                concurrent.futures.wait([reading], ENDING_SECONDS)
 
             while (line := await self._threads.run(lambda: next(lines, None), end)) is not None:
                 yield line["line"]
-
-
-def _cancel_until_over(reading: Future[Any], cancel: Callable[[], None]) -> None:
-    """End an answer: the server may get to know of the request only after the first try."""
-    deadline = time.monotonic() + _ENDING_SECONDS
-    while not reading.done() and time.monotonic() < deadline:
-        with contextlib.suppress(LLMKitError):
-            cancel()
-        concurrent.futures.wait([reading], _PAUSE_SECONDS)
-
-
-def _keep_result(future: Future[T], call: Callable[[], T]) -> None:
-    future.set_running_or_notify_cancel()
-    try:
-        result = call()
-    except BaseException as error:  # noqa: BLE001  # it is for who awaits the result
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
-def _interrupt(thread: threading.Thread, future: Future[Any]) -> None:
-    """Do to a thread what the stop button does to that of the cell."""
-    if not future.done():
-        number = ctypes.c_ulong(thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(KeyboardInterrupt))
-    concurrent.futures.wait([future], _ENDING_SECONDS)
 
 
 def _hang_up(response: httpx.Response) -> None:

@@ -24,6 +24,7 @@ from llmkit.client.connection import Connection, Server, clean_token, is_missing
 from llmkit.client.installed import explain_missing
 from llmkit.errors import IncompatibleVersion, LLMKitError, NotAllowed, ServerNotFound
 from llmkit.schemas import API_VERSION, Health
+from llmkit.tool_keys import is_key
 
 PROBE_SECONDS = 3.0
 START_HINT = (
@@ -68,7 +69,7 @@ def connect(
     url
         Address of the Jupyter server, also as copied from the browser with ``?token=...``.
     token
-        Its token.
+        Its token; a key for tools opens too little for a client.
     verify
         For ``https``: the path of the server's certificate or of its authority, or False to trust any. Default:
         ``LLMKIT_VERIFY``, else the system's authorities.
@@ -87,7 +88,7 @@ def connect(
     IncompatibleVersion
         Client and server cannot talk to each other.
     NotAuthenticated, NotAllowed
-        The token is missing or wrong.
+        The token is missing or wrong, or a key for tools.
 
     Examples
     --------
@@ -175,14 +176,26 @@ def probe(connection: Connection) -> Health:
 
 
 def _credentials(server: Server) -> str:
+    if _is_tool_key(server):
+        return "a key for tools in the place of its token"
     return "the token" if server.token else "a request without a token"
 
 
 def _credentials_hint(server: Server) -> str:
+    if _is_tool_key(server):
+        return (
+            "Such a key opens /llm/v1 and /llm/inference/ alone: "
+            f"`openai.OpenAI(base_url={server.url + 'llm/v1'!r}, api_key=KEY)` asks with it. "
+            "llmkit.connect() and the `llmkit` command take the server's token; `jupyter server list` shows it."
+        )
     hint = "Pass it: llmkit.connect(url, token=...), or set LLMKIT_TOKEN; `jupyter server list` shows it."
     if not server.token:
         hint += " A server with only a password has none: start it with --IdentityProvider.token=..."
     return hint
+
+
+def _is_tool_key(server: Server) -> bool:
+    return server.token is not None and is_key(server.token)
 
 
 # -- where to look ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from llmkit.client.results import describe_download
 from llmkit.errors import ConnectError, LLMKitError, LoadCancelled, LoadFailed, TimedOut, from_wire
 
 if TYPE_CHECKING:
-    from llmkit.client.client import Client
+    from llmkit.client.models import Models
     from llmkit.client.results import Model
 
 LOG_LINES = 20
@@ -29,7 +29,7 @@ PHASES = {
 }
 
 
-def follow(client: Client, model_id: str, show: Callable[[Model], None]) -> Model:
+def follow(client: Models, model_id: str, show: Callable[[Model], None]) -> Model:
     """Return when a model is loaded whose load was started; ``show`` gets it again and again meanwhile.
 
     Raises
@@ -65,7 +65,7 @@ def follow(client: Client, model_id: str, show: Callable[[Model], None]) -> Mode
         pause = min(pause * 1.5, _LONGEST_PAUSE)
 
 
-def _epoch(client: Client) -> str | None:
+def _epoch(client: Models) -> str | None:
     """Give what changes when the server is started anew; None if it cannot be had now."""
     try:
         return client.health().epoch

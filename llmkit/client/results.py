@@ -288,6 +288,17 @@ def _by(model: schemas.Model) -> str:
     return f" by {model.loaded_by}" if model.loaded_by else ""
 
 
+def describe_engine(name: str | None, version: str | None) -> str:
+    """Name an engine with its version, as far as they are known.
+
+    Examples
+    --------
+    >>> describe_engine("vllm", "0.11.0"), describe_engine("openai", None)
+    ('vllm 0.11.0', 'openai')
+    """
+    return " ".join(filter(None, (name, version)))
+
+
 def describe_bytes(count: int | None) -> str:
     """Give a size for a person, or nothing where it is not known."""
     if count is None:
@@ -325,5 +336,5 @@ def _row(name: str, value: Any) -> str:
 def _cells(model: schemas.Model) -> tuple[str, ...]:
     error = model.error.message if model.error else ""
     status = f"loading ({model.phase})" if model.status == "loading" and model.phase else model.status
-    engine = " ".join(filter(None, (model.model_type, model.capabilities.engine_version)))
+    engine = describe_engine(model.model_type, model.capabilities.engine_version)
     return (model.model_id, status, engine, model.model_name, describe_memory(model.memory), error)

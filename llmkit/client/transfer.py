@@ -17,7 +17,7 @@ from llmkit.errors import DoesNotFit, LLMKitError
 from llmkit.schemas import SERVERS_OWN, ModelConfigRequest, Strict
 
 if TYPE_CHECKING:
-    from llmkit.client.client import Client
+    from llmkit.client.configurations import Configurations
 
 VERSION = 1
 _KEY = "api_key"
@@ -79,7 +79,7 @@ class ImportedList(list[Imported]):
         return f"<table><tbody>{rows}</tbody></table>" if self else f"<p>{self!r}</p>"
 
 
-def export_configurations(client: Client, path: Path) -> list[str]:
+def export_configurations(client: Configurations, path: Path) -> list[str]:
     """Write every configuration to a file, and give the ``model_id`` of those whose key was left out."""
     told = [configuration.to_wire() for configuration in client.configurations()]
     without_key = [one["model_id"] for one in told if _drop_key(one["model_kwargs"])]
@@ -94,7 +94,7 @@ def export_configurations(client: Client, path: Path) -> list[str]:
     return without_key
 
 
-def import_configurations(client: Client, path: Path, *, replace: bool) -> ImportedList:
+def import_configurations(client: Configurations, path: Path, *, replace: bool) -> ImportedList:
     """Send every configuration of a file to the server; a file with a mistake changes nothing."""
     file = _read(path)
     return ImportedList(
@@ -103,7 +103,7 @@ def import_configurations(client: Client, path: Path, *, replace: bool) -> Impor
     )
 
 
-def _import(client: Client, request: ModelConfigRequest, *, replace: bool, without_key: bool) -> Imported:
+def _import(client: Configurations, request: ModelConfigRequest, *, replace: bool, without_key: bool) -> Imported:
     model_id = request.model_id
     body = request.model_dump(exclude_none=True)
     stored = next((c.to_wire() for c in client.configurations() if c.model_id == model_id), None)

@@ -17,7 +17,7 @@ import aiohttp
 from llmkit.errors import TimedOut, UpstreamFailed
 
 FREE_BYTES: Final = 256 << 10
-SHARED_BYTES: Final = 8 << 20
+SHARED_BYTES: Final = 4 << 20
 LONGEST_WAIT_SECONDS: Final = 60.0
 
 
@@ -99,15 +99,19 @@ async def whole_answer(response: aiohttp.ClientResponse, limit: int) -> AsyncGen
         If there is no memory for it.
     """
     data = bytearray()  # in one piece: very many small ones would stay in the allocator
-    too_large = UpstreamFailed(f"The answer is larger than {limit >> 20} MiB.")
-    if (response.content_length or 0) > limit:
-        raise too_large
     try:
+        if (response.content_length or 0) > limit:
+            raise _too_large(limit)
         async for part in response.content.iter_any():
             if len(data) + len(part) > limit:
-                raise too_large
+                raise _too_large(limit)
             await _MEMORY.grow(response, len(data) + len(part))
             data += part
         yield data
     finally:
+        data.clear()  # an error's traceback keeps the variable until garbage is collected
         _MEMORY.release(response)
+
+
+def _too_large(limit: int) -> UpstreamFailed:
+    return UpstreamFailed(f"The answer is larger than {limit >> 20} MiB.")

@@ -154,6 +154,7 @@ class Running:
             self.api,
             self.priority,
             self.stream,
+            self.key,
             self.started_at,
             outcome,
             status,
@@ -174,6 +175,7 @@ class Running:
             api=self.api,
             priority=self.priority,
             stream=self.stream,
+            tool_key=self.key,
             started_at=datetime.fromtimestamp(self.started_at, UTC),
             status=self.status,
             position=position,
@@ -187,8 +189,8 @@ def read_record(recorded: Recorded) -> dict[str, Any]:
     (*head, queue, load, first_token, total, rate, prompt, completion, tokens, amount, currency, request, response) = (
         recorded
     )
-    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "started_at", "outcome", "status")
-    fields = dict(zip((*names, "error", "user"), head, strict=True))
+    names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "tool_key", "started_at")
+    fields = dict(zip((*names, "outcome", "status", "error", "user"), head, strict=True))
     return {
         **fields,
         "started_at": datetime.fromtimestamp(fields["started_at"], UTC),

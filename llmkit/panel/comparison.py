@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from llmkit.client import Answer
+from llmkit.client.results import describe_engine
 from llmkit.errors import LLMKitError
 from llmkit.panel.markup import seconds_in_words
 
@@ -31,6 +32,8 @@ COLUMNS = (
     "tokens_per_second",
     "cost",
     "currency",
+    "engine",
+    "engine_version",
     "error",
 )
 _MEASURES = {
@@ -53,7 +56,7 @@ def asked(run: int, column: str, body: Mapping[str, Any]) -> Row:
 
 def measured(answer: Answer) -> Row:
     """Give what an answer adds to its row."""
-    usage, timings = answer.usage, answer.timings
+    usage, timings, known = answer.usage, answer.timings, answer.provenance
     return {
         "response": answer.response,
         "finish_reason": answer.finish_reason,
@@ -64,18 +67,21 @@ def measured(answer: Answer) -> Row:
         "tokens_per_second": timings.tokens_per_second,
         "cost": answer.cost.amount if answer.cost else None,
         "currency": answer.cost.currency if answer.cost else None,
+        "engine": known["engine"],
+        "engine_version": known["engine_version"],
     }
 
 
 def note(row: Row) -> str:
     """Say in one line what an answer took."""
-    count = row["completion_tokens"]
+    count, version = row["completion_tokens"], row["engine_version"]
     parts = [
         f"{count} token{'' if count == 1 else 's'}" if count is not None else "",
         f"{_words(row, 'tokens_per_second')} tokens/s" if row["tokens_per_second"] is not None else "",
         f"first token after {_words(row, 'first_token_seconds')}" if row["first_token_seconds"] is not None else "",
         f"{_words(row, 'total_seconds')} in all" if row["total_seconds"] is not None else "",
         _words(row, "cost"),
+        describe_engine(row["engine"] or "engine", version) if version is not None else "",
         "cut off at the token limit" if row["finish_reason"] == "length" else "",
     ]
     return " · ".join(filter(None, parts))

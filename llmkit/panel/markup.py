@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from llmkit.client.loading import PHASES
-from llmkit.client.results import describe_bytes, describe_download, describe_memory
+from llmkit.client.results import describe_bytes, describe_download, describe_engine, describe_memory
 from llmkit.errors import LLMKitError
 from llmkit.schemas import Memory, Model, ModelError
 
@@ -51,7 +51,7 @@ def model_head(model: Model) -> str:
 
 def model_facts(model: Model, now: datetime) -> str:
     """Give what is known of a model: a line that stays as it is, and for a loaded one a line that lives."""
-    facts = [model.model_type, model.model_name]
+    facts = [describe_engine(model.model_type, model.capabilities.engine_version), model.model_name]
     if model.status == "loaded":
         if model.capabilities.max_model_len:
             facts.append(f"{model.capabilities.max_model_len:,} tokens of context")

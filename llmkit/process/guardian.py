@@ -43,6 +43,7 @@ _PARENT_CHECK_SECONDS = 1.0
 _LONGEST_PAUSE = 0.05
 _TRACKER_SECONDS = 1.0
 _SHARED = b"/dev/shm/"
+_SETTLED_NS = 2_000_000_000
 
 
 class Process(NamedTuple):
@@ -193,7 +194,12 @@ def is_alive(process: Process) -> bool:
 
 
 def end_all(
-    find: Callable[[], list[Process]], grace: float, *, first: Process | None = None, bound: float | None = None
+    find: Callable[[], list[Process]],
+    grace: float,
+    *,
+    first: Process | None = None,
+    bound: float | None = None,
+    shared: Iterable[str] = (),
 ) -> bool:
     """End every process that ``find`` gives, until it gives none, and remove the shared memory that they leave.
 
@@ -207,6 +213,8 @@ def end_all(
         Gets its SIGTERM before all others, and half of the grace to end them in good order.
     bound
         Seconds after which to give up; None is never.
+    shared
+        Files of shared memory that those which have ended already had mapped.
 
     Returns
     -------
@@ -216,10 +224,13 @@ def end_all(
     began = time.monotonic()
     pause = 0.002
     asked: set[Process] = set()
-    shared: set[str] | None = None
-    while left := find():
-        if shared is None:
-            shared = shared_memory(left)
+    mapped = set(shared)
+    seen: set[Process] = set()
+    # A look misses a process whose parent ends just then, and which has another one when the look comes to it.
+    while left := find() or [process for process in seen if is_alive(process)]:
+        if not seen:
+            mapped |= shared_memory(left)
+        seen.update(left)
         waited = time.monotonic() - began
         if bound is not None and waited > bound:
             return False
@@ -238,7 +249,7 @@ def end_all(
                     send(process, signal.SIGKILL)
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
-    remove_shared_memory(shared or set())
+    remove_shared_memory(mapped)
     return True
 
 
@@ -280,6 +291,8 @@ class Guardian:
         self._command = command
         self._engine: Process | None = None
         self._stopping = False
+        self._shared: set[str] = set()
+        self._looked_at = 0
 
     def run(self) -> None:
         """Start the engine, keep it, end it."""
@@ -291,7 +304,7 @@ class Guardian:
             self._write_record()
             self._keep(wake)
         finally:
-            end_all(self._tree, self._grace, first=self._engine)
+            end_all(self._tree, self._grace, first=self._engine, shared=self._shared)
             remove_run_dir(self._run_dir)
 
     def _catch_signals(self) -> int:
@@ -355,6 +368,18 @@ class Guardian:
             if os.getppid() != self._server:
                 return
             self._reap()
+            self._note_shared_memory()
+
+    def _note_shared_memory(self) -> None:
+        """Note what the engine has mapped: a process that is killed alone takes what only it knew with it."""
+        try:
+            changed = os.stat(_SHARED).st_mtime_ns
+        except OSError:
+            return
+        # What has just been made is looked at once more: it may not be mapped yet.
+        if changed > self._looked_at - _SETTLED_NS:
+            self._looked_at = time.time_ns()
+            self._shared |= shared_memory(self._tree())
 
     def _tree(self) -> list[Process]:
         self._reap()

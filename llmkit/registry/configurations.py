@@ -199,8 +199,10 @@ class Configurations:
             known = ", ".join(f"`{name}`" for name in self._engine_types)
             raise does_not_fit([{"path": "model_type", "message": f"must be one of {known}"}])
         kwargs = sort_kwargs(engine_type, request.model_kwargs)
-        is_nested = not kwargs.generation.keys() <= request.model_kwargs.keys()
-        check_schemas(kwargs.generation, "model_kwargs.generation" if is_nested else "model_kwargs")
+        flat = {name: value for name, value in kwargs.generation.items() if name in request.model_kwargs}
+        check_schemas(flat, "model_kwargs")
+        nested = {name: value for name, value in kwargs.generation.items() if name not in flat}
+        check_schemas(nested, "model_kwargs.generation")
         return engine_type, kwargs
 
     def engine_type(self, configuration: Configuration) -> EngineType:

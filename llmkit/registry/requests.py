@@ -284,6 +284,7 @@ class Requests:
             return answer
         except LLMKitError as raised:
             outcome, status, code = _outcome_of(raised), raised.status, raised.code
+            _part_from_its_origin(raised)
             raise
         except asyncio.CancelledError:
             outcome, status = "cancelled", CLIENT_CLOSED_REQUEST
@@ -453,6 +454,15 @@ async def _collect(http: EngineHTTP, path: str, body: dict[str, Any], running: R
             if failure is not None:
                 raise failure
     return collector
+
+
+def _part_from_its_origin(error: LLMKitError) -> None:
+    """Let go of where an error was raised, and of the errors that it was made of.
+
+    They hold what the engine sent, which can be megabytes, and each other; together they would stay until Python
+    collects garbage, which in a server of few objects is seldom.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:

@@ -46,6 +46,8 @@ def test_from_nothing_to_an_answer_and_back(own_lab: JupyterServer, open_in: Any
     notebook.status("demo", "loaded", LOAD_SECONDS)
     print(f"from the click to a loaded model: {time.monotonic() - started:.1f} s")
     assert "loaded in" in row.inner_text()
+    version = re.search(r"vllm \d[\w.+]*", row.inner_text())
+    assert version
     notebook.photograph("journey-3-loaded")
 
     notebook.button("Ask", row).click()
@@ -53,6 +55,7 @@ def test_from_nothing_to_an_answer_and_back(own_lab: JupyterServer, open_in: Any
     started = time.monotonic()
     turn = notebook.ask(QUESTION)
     turn.locator(".llmkit-turn-note", has_text="tokens/s").wait_for()
+    assert version[0] in turn.locator(".llmkit-turn-note").inner_text()
     print(f"from the click to the whole answer: {time.monotonic() - started:.2f} s")
     assert ANSWER in turn.locator(".llmkit-answer").inner_text()
     notebook.photograph("journey-4-answer")

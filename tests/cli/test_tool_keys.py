@@ -80,6 +80,17 @@ def test_what_the_server_refuses_is_status_1(call: Any) -> None:
         assert json.loads(err)["error"]["code"] == code
 
 
+def test_the_command_takes_no_key_for_the_servers_token(call: Any, client: Client, monkeypatch: Any) -> None:
+    key = client.create_key("editor").key
+    monkeypatch.setenv("LLMKIT_TOKEN", key)
+    for words in (("ps",), ("run", "demo", "Hello")):
+        status, out, err = call(*words)
+        assert (status, out) == (1, "")
+        assert "refuses a key for tools" in err
+        assert f"base_url='{client.url}llm/v1'" in err
+        assert key not in err
+
+
 def test_the_check_of_notebooks_finds_a_key(tmp_path: Path) -> None:
     key = new_key()
     cells = [{"cell_type": "code", "source": [f"OpenAI(api_key='{key}')\n", "llmkit-widgets-and-some-more-words"]}]

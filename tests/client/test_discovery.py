@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -217,6 +219,33 @@ def test_a_wrong_token_and_a_missing_one_are_named_with_their_cure(server: Jupyt
     with pytest.raises(NotAllowed, match="without a token") as raised:
         connect(server.url)
     assert "password" in str(raised.value)
+
+
+@pytest.mark.parametrize("way", ["argument", "address", "variable"])
+def test_a_key_for_tools_says_what_it_opens_and_how_to_ask_with_it(
+    server: JupyterServer, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    with connect(server.url, server.token) as client:
+        key = client.create_key(f"by-{way}").key
+        try:
+            if way == "variable":
+                monkeypatch.setenv("LLMKIT_SERVER_URL", server.url)
+                monkeypatch.setenv("LLMKIT_TOKEN", key)
+            given = {"argument": (server.url, key), "address": (f"{server.url}lab?token={key}",), "variable": ()}[way]
+            with pytest.raises(NotAllowed, match="refuses a key for tools") as raised:
+                connect(*given)
+            said = str(raised.value)
+            assert "/llm/v1 and /llm/inference/ alone" in said
+            assert "jupyter server list" in said
+            assert key not in said
+            told = re.search(r"`openai\.OpenAI\(base_url='(.+)', api_key=KEY\)`", said)
+            assert told is not None
+            with openai.OpenAI(base_url=told[1], api_key=key, max_retries=0) as asking:
+                assert asking.models.list().object == "list"
+        finally:
+            client.revoke_key(f"by-{way}")
+    with pytest.raises(NotAllowed, match="refuses a key for tools"):  # revoked, it opens no more than before
+        connect(*given)
 
 
 def test_another_version_of_the_api_says_which_side_to_upgrade(fake: Any) -> None:

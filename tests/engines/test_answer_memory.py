@@ -33,22 +33,22 @@ async def test_small_answers_never_wait(memory: AnswerMemory) -> None:
 
 
 async def test_large_ones_grow_while_there_is_room_and_go_on_when_there_is_again(memory: AnswerMemory) -> None:
-    await memory.grow("first", 5 * MIB)
-    await memory.grow("second", 3 * MIB)
-    more = asyncio.create_task(memory.grow("second", 3 * MIB + 1))
+    await memory.grow("first", SHARED_BYTES - MIB)
+    await memory.grow("second", MIB)
+    more = asyncio.create_task(memory.grow("second", MIB + 1))
     assert await waits(more)
     memory.release("first")
     await more
     memory.release("second")
-    await memory.grow("third", 48 * MIB)
+    await memory.grow("third", 36 * MIB)
 
 
 async def test_two_that_wait_for_more_do_not_wait_for_each_other(memory: AnswerMemory) -> None:
-    await memory.grow("first", 4 * MIB)
-    await memory.grow("second", 4 * MIB)
-    second = asyncio.create_task(memory.grow("second", 6 * MIB))
+    await memory.grow("first", SHARED_BYTES // 2)
+    await memory.grow("second", SHARED_BYTES // 2)
+    second = asyncio.create_task(memory.grow("second", SHARED_BYTES))
     assert await waits(second)
-    await memory.grow("first", 48 * MIB)  # the first always goes on
+    await memory.grow("first", 36 * MIB)  # the first always goes on
     assert not second.done()
     memory.release("first")
     await second
@@ -74,7 +74,7 @@ async def test_a_wait_that_is_cancelled_takes_nothing(memory: AnswerMemory) -> N
     await asyncio.gather(gone, return_exceptions=True)
     memory.release("gone")
     memory.release("first")
-    await memory.grow("other", 48 * MIB)
+    await memory.grow("other", 36 * MIB)
     assert not memory._waiting
 
 

@@ -32,9 +32,9 @@ def upstream() -> Iterator[MockUpstream]:
         yield running
 
 
-def configure_in_file(server: JupyterServer, traits: dict[str, Any]) -> None:
-    lines = [f"c.LLMKitApp.{name} = {value!r}" for name, value in traits.items()]
-    (server.folder / "config" / "jupyter_llmkit_config.py").write_text("\n".join(lines))
+def configure_in_file(server: JupyterServer, traits: dict[str, Any], name: str = "jupyter_llmkit_config.py") -> None:
+    lines = [f"c.LLMKitApp.{trait} = {value!r}" for trait, value in traits.items()]
+    (server.folder / "config" / name).write_text("\n".join(lines))
 
 
 @pytest.fixture(scope="module", params=["command line", "file"])
@@ -302,8 +302,7 @@ def test_a_setting_that_cannot_be_read_allows_nothing(service: str, how: str) ->
     arguments = [f"--LLMKitApp.{name}={value}" for name, value in traits.items()] if how == "command line" else []
     server = JupyterServer(service, args=arguments)
     if how == "the server's file":
-        lines = [f"c.LLMKitApp.{name} = {value!r}" for name, value in traits.items()]
-        (server.folder / "config" / "jupyter_server_config.py").write_text("\n".join(lines))
+        configure_in_file(server, traits, "jupyter_server_config.py")
     with server:
         for path in ("models/", "health", "v1/models"):
             answer = server.request("GET", f"llm/{path}")

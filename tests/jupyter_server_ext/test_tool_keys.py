@@ -327,9 +327,27 @@ async def test_it_ends_its_own_requests_alone(
     body = {**PROMPT, "inference_kwargs": {"request_id": "mine"}}
     running = asyncio.create_task(ask("POST", "llm/inference/", key, json=body))
     await asyncio.wait_for(began.wait(), 20)
+    (listed,) = (await call("GET", "llm/requests")).json["running"]
+    assert (listed["request_id"], listed["tool_key"]) == ("mine", "one")
     assert (await ask("DELETE", "llm/inference/mine", other)).status_code == 404
     assert (await ask("DELETE", "llm/inference/mine", key)).status_code == 200
     assert (await running).json()["error"]["code"] == "request_cancelled"
+
+
+async def test_what_it_asks_is_recorded_under_its_name(ask: Ask, make: Any, loaded: Any, call: Any) -> None:
+    await loaded()
+    key = await make("editor")
+    assert (await ask("POST", "llm/inference/", key, json=PROMPT)).status_code == 200
+    assert (await ask("POST", "llm/v1/chat/completions", key, json=CHAT)).status_code == 200
+    assert (await call("POST", "llm/inference/", PROMPT)).status == 200
+    await call("DELETE", "llm/keys/editor")
+    told = await call("GET", "llm/requests")
+    assert [(one["api"], one["tool_key"]) for one in told.json["recent"]] == [
+        ("inference", None),
+        ("chat/completions", "editor"),
+        ("inference", "editor"),
+    ]
+    assert key not in told.text
 
 
 # -- other authorizers and servers ---------------------------------------------------------------------------------

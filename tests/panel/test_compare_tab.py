@@ -310,6 +310,9 @@ def test_the_note_says_what_is_known() -> None:
     assert comparison.note(told | {"finish_reason": "length"}) == (
         "1 token · 12.3 tokens/s · first token after 50 ms · 1.0 s in all · 0.00012 EUR · cut off at the token limit"
     )
+    assert comparison.note(figures(engine="openai")) == "1.0 s in all"
+    assert comparison.note(figures(engine="vllm", engine_version="0.11.0")) == "1.0 s in all · vllm 0.11.0"
+    assert comparison.note(figures(engine_version="0.11.0")) == "1.0 s in all · engine 0.11.0"
 
 
 def test_without_pandas_an_error_says_what_to_do(tab: CompareTab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,3 +352,5 @@ def test_a_dataframe_has_a_row_for_each_answer_and_a_column_for_each_figure(
     assert list(frame["run"]) == [1, 1, 2, 2]
     assert list(frame["model_id"]) == ["first", "second"] * 2
     assert list(frame["response"]) == [ANSWER] * 4
+    assert list(frame["engine"]) == ["openai"] * 4
+    assert list(frame["engine_version"]) == [None] * 4

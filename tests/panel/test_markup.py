@@ -23,6 +23,7 @@ def model(**fields: Any) -> Model:
     [
         markup.model_head(model(model_id=HOSTILE)),
         markup.model_facts(model(model_name=HOSTILE, model_type=HOSTILE, owner=HOSTILE, status="loaded"), NOW),
+        markup.model_facts(model(status="loaded", capabilities={"engine_version": HOSTILE}), NOW),
         markup.error_card(ModelError(code="x", message=HOSTILE, hint=HOSTILE, log_tail=[HOSTILE, HOSTILE])),
         markup.error_card(LoadFailed(HOSTILE, hint=HOSTILE, details={"log_tail": [HOSTILE]})),
         markup.no_server(ServerNotFound(HOSTILE, hint=HOSTILE, details={"tried": [HOSTILE]})),
@@ -54,6 +55,11 @@ def test_a_loaded_model_shows_what_is_known_and_nothing_else() -> None:
     )
     for part in ("4,096 tokens", "1.5 GiB RAM", "512 MiB GPU", "loaded in 1 min 2 s"):
         assert part in full
+
+
+def test_the_version_of_the_engine_follows_its_name_where_it_is_known() -> None:
+    assert ">vllm 0.11.0 · n<" in facts(status="loaded", capabilities={"engine_version": "0.11.0"})
+    assert ">vllm · n<" in facts(status="loaded")
 
 
 def test_numbers_that_change_do_not_announce_the_status_again() -> None:

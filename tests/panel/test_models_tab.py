@@ -19,11 +19,13 @@ from support import JupyterServer, wait_until
 from llmkit.client import Client, Watcher, connect
 from llmkit.errors import NotReady
 from llmkit.panel import Panel
+from llmkit.panel.asking import Asking
 from llmkit.panel.desk import Desk
 from llmkit.panel.lane import Lane
 from llmkit.panel.log_drawer import KEPT_LINES, LogDrawer, plain
 from llmkit.panel.model_row import ModelRow, with_arguments
 from llmkit.panel.models_tab import ModelsTab
+from llmkit.panel.transcript import Transcript
 from llmkit.panel.widgets import Kit
 from llmkit.schemas import Devices, Snapshot
 
@@ -217,6 +219,21 @@ def test_the_machine_is_shown_with_the_share_of_a_model_as_soon_as_it_is_loaded(
     row = stage.status("local", "loaded")
     wait_until(lambda: "<span>local</span>" in stage.tab._devices.value, "the share", 5)
     wait_until(lambda: "MiB RAM" in row._facts.value, "the memory", 5)
+
+
+def test_a_loaded_model_and_each_of_its_answers_say_the_version_of_the_engine(stage: Stage, client: Client) -> None:
+    fake(client, "--version=1.2.3")
+    assert ">fake · any" in stage.status("local", "unloaded")._facts.value
+    client.load("local", progress=False)
+    row = stage.status("local", "loaded")
+    assert ">fake 1.2.3 · any --version=1.2.3 · " in row._facts.value
+    transcript, ended = Transcript(), threading.Event()
+    body = {"model_id": "local", "prompt": "Hello", "inference_kwargs": {}}
+    stage.lane.call(lambda: Asking(row._desk, transcript).begin(body, lambda _: ended.set()))
+    assert ended.wait(30)
+    assert transcript.turns[-1].note.endswith(" in all · fake 1.2.3")
+    client.unload("local")
+    assert ">fake · any" in stage.status("local", "unloaded")._facts.value
 
 
 def test_one_question_at_a_time_and_rarely_while_nothing_is_loaded(

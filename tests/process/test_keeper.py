@@ -18,7 +18,7 @@ import psutil
 import pytest
 from support import wait_until
 
-from llmkit.process.guardian import RECORD, Process, is_alive, marked, send
+from llmkit.process.guardian import RECORD, Process, end_all, is_alive, marked, send
 from llmkit.process.guardian import stat as process_stat
 from llmkit.process.keeper import Ended, KeptProcess
 
@@ -263,6 +263,42 @@ async def test_shared_memory_that_only_its_processes_know_of_is_removed_unless_a
     finally:
         own.unlink(missing_ok=True)
         common.unlink(missing_ok=True)
+
+
+def test_what_was_seen_once_is_ended_though_a_later_look_misses_it() -> None:
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]) as child:
+        found = process_stat(child.pid)
+        assert found is not None
+        looks = iter([[found.process]])
+        assert end_all(lambda: next(looks, []), 0.0)
+        assert not is_alive(found.process)
+
+
+async def test_shared_memory_of_one_process_that_was_killed_alone_is_removed(keep: Keep, run_root: Path) -> None:
+    """When the rest of the engine is ended, nobody has it mapped any more."""
+    program = (
+        "import mmap, os, sys, time\n"
+        "if os.fork():\n"
+        "    time.sleep(60)\n"
+        "file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "os.ftruncate(file, 4096)\n"
+        "mapped = mmap.mmap(file, 4096)\n"
+        "print('made', os.getpid(), flush=True)\n"
+        "time.sleep(60)"
+    )
+    segment = Path("/dev/shm", f"llmkit-test-{os.getpid()}-alone")
+    try:
+        kept = keep(sys.executable, "-c", program, str(segment))
+        await kept.start()
+        log = run_root / "e0.log"
+        await until(lambda: log.read_text().startswith("made ") and log.read_text().endswith("\n"))
+        await asyncio.sleep(2.5)  # the guardian looks every second
+        os.kill(int(log.read_text().split()[1]), signal.SIGKILL)
+        assert segment.exists()
+        assert await kept.stop()
+        assert not segment.exists()
+    finally:
+        segment.unlink(missing_ok=True)
 
 
 async def test_the_whole_tree_is_measured(keep: Keep) -> None:

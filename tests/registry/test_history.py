@@ -104,6 +104,13 @@ async def test_what_was_added_is_there_in_the_next_process_newest_first(tmp_path
         assert history.problems() == []
 
 
+async def test_a_record_of_an_older_version_is_read_without_what_it_does_not_tell(tmp_path: Path) -> None:
+    async with opened(tmp_path) as history:
+        history.add(record(1))
+        history.add(record(2, tool_key="editor"))
+        assert [one.tool_key for one in await history.recent(2)] == ["editor", None]
+
+
 async def test_one_model_can_be_asked_for(tmp_path: Path) -> None:
     async with opened(tmp_path) as history:
         for number in range(6):

@@ -147,7 +147,9 @@ def test_no_schema_or_pattern_keeps_the_engine_busy(
 def test_no_schema_of_a_configuration_keeps_the_engine_busy(running: Relayed, place: str) -> None:
     told = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "(a+)+$"}}}}
     body = {"model_id": "tangled", "model_name": "gpt-3", "model_type": "openai"}
-    kwargs = {"base_url": running.upstream.base_url, **({"generation": told} if place else told)}
+    # A flat default beside a nested one: each error names its own place.
+    other = {"seed": 1} if place else {"generation": {"seed": 1}}
+    kwargs = {"base_url": running.upstream.base_url, **other, **({"generation": told} if place else told)}
     answer = running.server.request("POST", "llm/configure_model/", json={**body, "model_kwargs": kwargs})
     path = f"model_kwargs.{place}response_format.json_schema.schema.pattern"
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, path)

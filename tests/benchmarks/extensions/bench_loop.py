@@ -34,10 +34,10 @@ class Heartbeat:
 
     def figures(self) -> dict[str, float]:
         """Give the count, and median, p99 and the worst in milliseconds."""
-        late = sorted(self.late)
+        late = sorted(self.late) or [0.0]  # read before the first beat after a reset
         last = len(late) - 1
         return {
-            "count": len(late),
+            "count": len(self.late),
             "p50_ms": late[round(0.5 * last)] * 1000,
             "p99_ms": late[round(0.99 * last)] * 1000,
             "max_ms": late[last] * 1000,
