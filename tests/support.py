@@ -70,7 +70,7 @@ def missing(marker: str) -> str | None:
     if marker == "ray" and (reason := missing("vllm")):
         return reason
     if marker == "ray" and importlib.util.find_spec("ray") is None:
-        return "Ray is not installed: pip install 'llmkit[ray]'"
+        return "Ray is not installed: make test-ray"
     if marker == "gpu":
         if not has_nvidia_gpu():
             return "there is no NVIDIA GPU"

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TIERS = {
     "fast": "not vllm and not ray and not browser",
     "vllm": "vllm and not browser",
-    "ray": "ray",
+    "ray": "ray and not long",
     "browser": "browser",
 }
 NO_TESTS = 5  # pytest's exit status when it selected none
