@@ -117,22 +117,25 @@ class RayCluster:
     def _get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self._told['http']}/{path}", timeout=30, trust_env=False).raise_for_status()
 
+    def processes(self) -> int:
+        """Say how many processes the cluster has, but for those that wait to be used again.
+
+        Ray keeps some idle workers, and ends those that are too many in its own time.
+        """
+        return sum(not _title(process.pid).startswith(b"ray::IDLE") for process in marked(self._id))
+
     def engines(self) -> list[int]:
         """Give the processes of models: replicas of Ray Serve LLM, and what vLLM has started below them."""
-        found = []
-        for process in marked(self._id):
-            with contextlib.suppress(OSError):
-                title = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-                if title.startswith(b"VLLM::") or b"ServeReplica:llmkit" in title:
-                    found.append(process.pid)
-        return found
+        titles = {process.pid: _title(process.pid) for process in marked(self._id)}
+        return [pid for pid, title in titles.items() if title.startswith(b"VLLM::") or b"ServeReplica:llmkit" in title]
 
     def replicas(self) -> list[int]:
         """Give the processes of replicas that have a model."""
-        found = []
-        for process in marked(self._id):
-            with contextlib.suppress(OSError):
-                title = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-                if b"ServeReplica:llmkit" in title and b"LLMServer" in title:
-                    found.append(process.pid)
-        return found
+        titles = {process.pid: _title(process.pid) for process in marked(self._id)}
+        return [pid for pid, title in titles.items() if b"ServeReplica:llmkit" in title and b"LLMServer" in title]
+
+
+def _title(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
