@@ -82,7 +82,11 @@ def deploy(order: dict[str, Any]) -> None:
         "graceful_shutdown_timeout_s": 2.0,
     }
     application = build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})
-    target = serve.RunTarget(target=application, name=order["name"], route_prefix=f"/{order['name']}")
+    # The log is for what goes wrong; a line for each request would push that out of its end.
+    quiet = {"enable_access_log": False}
+    target = serve.RunTarget(
+        target=application, name=order["name"], route_prefix=f"/{order['name']}", logging_config=quiet
+    )
     serve.run_many([target], wait_for_applications_running=False)
 
 
