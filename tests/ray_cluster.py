@@ -7,6 +7,7 @@ SIGUSR1 kills the node that is not the head's; SIGUSR2 starts another one. An ap
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ NODE = (
     "--object-store-memory=80000000",
     "--disable-usage-stats",
 )
+PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "metrics-export-port", "runtime-env-agent-port")
+NODE_SECONDS = 60.0
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
@@ -44,8 +47,33 @@ def free_port() -> int:
 
 
 def start_node(*options: str) -> subprocess.Popen[bytes]:
-    command = [str(Path(sys.executable).with_name("ray")), "start", *NODE, *options]
+    # A node that chooses the ports of its agents by itself gives up where these take 15 s to say what they are.
+    ports = [f"--{name}={free_port()}" for name in PORTS]
+    command = [str(Path(sys.executable).with_name("ray")), "start", *NODE, *ports, *options]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def alive() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def add_node(address: str) -> subprocess.Popen[bytes]:
+    """Start a node until one stays: beside busy replicas it may give itself up."""
+    there = alive()
+    while True:
+        node = start_node(f"--address={address}")
+        deadline = time.monotonic() + NODE_SECONDS
+        while time.monotonic() < deadline and node.poll() is None:
+            if alive() > there:
+                return node
+            time.sleep(0.2)
+        kill(node)
+
+
+def kill(node: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 def main() -> None:
@@ -55,11 +83,9 @@ def main() -> None:
     gcs, dashboard, port = free_port(), free_port(), free_port()
     address = f"127.0.0.1:{gcs}"
     start_node("--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
-    other = start_node(f"--address={address}")
     signal.pthread_sigmask(signal.SIG_BLOCK, asked)
     ray.init(address, log_to_driver=False)
-    while len(ray.nodes()) < 2:
-        time.sleep(0.1)
+    other = add_node(address)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     serve.run(Stranger.bind(), name=STRANGER, route_prefix=f"/{STRANGER}")
     ready = folder / "cluster.new"
@@ -67,10 +93,11 @@ def main() -> None:
     ready.rename(folder / "cluster.json")
     while True:
         if signal.sigwait(asked) == signal.SIGUSR2:
-            other = start_node(f"--address={address}")
+            other = add_node(address)
         else:
-            os.killpg(other.pid, signal.SIGKILL)
-            other.wait()
+            kill(other)
+            while alive() > 1:  # its heartbeats are missed after a while
+                time.sleep(0.1)
 
 
 if __name__ == "__main__":

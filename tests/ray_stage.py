@@ -22,7 +22,7 @@ from llmkit.process.guardian import ENGINE_ID, end_all, marked
 
 PROGRAM: Final = Path(__file__).with_name("ray_cluster.py")
 STRANGER: Final = "somebody-elses"
-START_SECONDS: Final = 120.0
+START_SECONDS: Final = 240.0
 GRACE_SECONDS: Final = 3.0
 
 
