@@ -26,8 +26,9 @@ TIERS = {
     "vllm": "vllm and not browser",
     "browser": "browser",
 }
-# The tests of a file stay in one process and in their order, so that they share its servers.
-OPTIONS = {"fast": ["-p", "xdist", "--numprocesses=2", "--dist=loadfile"]}
+# The tests of a file stay in one process, so that they share its servers. The order of the files stays too: xdist would
+# begin those of few tests last, which take longest, and one process would wait for the other.
+OPTIONS = {"fast": ["-p", "xdist", "--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]}
 NO_TESTS = 5  # pytest's exit status when it selected none
 INTERRUPT_SECONDS = 60
 """So long pytest may take to end its servers after Ctrl+C."""
