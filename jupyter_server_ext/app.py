@@ -21,10 +21,11 @@ from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.utils import url_path_join
 from traitlets import Bool, CaselessStrEnum, Dict, Float, Int, List, TraitError, Unicode, default
 
-from jupyter_server_ext import openapi
+from jupyter_server_ext import hub, openapi
 from jupyter_server_ext.handlers import ROUTES
 from llmkit.errors import LLMKitError, NotReady
 from llmkit.process.folders import ServerFolder
+from llmkit.registry.budgets import LIMITS
 from llmkit.registry.changes import Event
 from llmkit.registry.registry import ModelRegistry, Settings
 from llmkit.registry.rules import Rules, check_pattern
@@ -154,6 +155,13 @@ class LLMKitApp(ExtensionApp):
         min=MAX_CONVERSATION_BYTES,
         help="Bytes of all conversations that are kept, together; the oldest go first.",
     ).tag(config=True)
+    user_limits = Dict(
+        key_trait=CaselessStrEnum(list(LIMITS)),
+        value_trait=Int(min=0),
+        help="What each user may ask of a service of JupyterHub, for example {'requests_per_minute': 20, "
+        "'tokens_per_day': 200000}; also requests_per_day and tokens_per_minute. They do not hold for "
+        "administrators.",
+    ).tag(config=True)
     owner_pid = Int(
         0,
         min=0,
@@ -261,6 +269,9 @@ class LLMKitApp(ExtensionApp):
             folder = await asyncio.to_thread(ServerFolder, Path(self.run_dir))
             for engine in await asyncio.to_thread(folder.remove_abandoned):
                 self.log.warning("Ended an engine that a killed server had left: %s", engine)
+            shared = hub.service_name(os.environ) is not None
+            if shared:
+                hub.check_identity(self._server.identity_provider)
             settings = Settings(
                 state_dir=Path(self.state_dir),
                 run_dir=folder.path,
@@ -277,7 +288,10 @@ class LLMKitApp(ExtensionApp):
                 standby=self.standby,
                 record_bodies=self.record_bodies,
                 max_record_bytes=self.max_record_bytes,
-                max_conversations=self.max_conversations,
+                # Everybody could read everybody's.
+                max_conversations=0 if shared else self.max_conversations,
+                shared=shared,
+                user_limits=self.user_limits,
                 max_conversation_bytes=self.max_conversation_bytes,
                 url=self._server.connection_url,
             )
@@ -372,12 +386,16 @@ class LLMKitApp(ExtensionApp):
         server: Any = super().make_serverapp(**kwargs)
         # Not in a subclass: its name would be that of its section in the operator's configuration, too.
         server.default_services = BARE_SERVICES
+        if hub.service_name(os.environ):
+            server.jpserver_extensions = {**server.jpserver_extensions, hub.EXTENSION: True}
         return server
 
     def _jupyter_server_config(self) -> dict[str, Any]:
         # Jupyter applies this after the command line; ours are defaults, so what was given stays.
         config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
         given = self._server.config.get("ServerApp", {}) if self.serverapp else {}
+        if hub.service_name(os.environ):
+            config["ServerApp"]["authorizer_class"] = hub.HubAuthorizer
         return {
             "ServerApp": {name: value for name, value in config["ServerApp"].items() if name not in given},
             # The contents manager brings /files of its own accord.
@@ -387,6 +405,9 @@ class LLMKitApp(ExtensionApp):
     def _print_curl_line(self) -> None:
         """Say how to reach a server that has nothing but llmkit."""
         server = self._server
+        if name := hub.service_name(os.environ):
+            print(f"\nllmkit is the service {name} of JupyterHub, at {server.base_url}llm.\n", flush=True)
+            return
         scheme = "https" if server.certfile else "http"
         url = f"{scheme}://{server.ip or 'localhost'}:{server.port}{url_path_join(server.base_url, 'llm/models/')}"
         provider = server.identity_provider

@@ -41,6 +41,7 @@ classes, so that a notebook sees the server's words.
     │   ├── EngineArgumentRefused       engine_argument_refused
     │   └── EngineRefused               engine_refused
     ├── QueueFull                   429 queue_full
+    ├── BudgetExhausted             429 budget_exhausted
     ├── RateLimited                 429 rate_limited
     ├── EngineGone                  502 engine_gone
     │   ├── EngineCrashed               engine_crashed
@@ -371,6 +372,12 @@ class QueueFull(LLMKitError):
     status, code = 429, "queue_full"
 
 
+class BudgetExhausted(LLMKitError):
+    """The user has no requests or tokens left for now, on a server that many people share."""
+
+    status, code = 429, "budget_exhausted"
+
+
 class RateLimited(LLMKitError):
     """The remote endpoint asks to slow down, and went on to after some tries."""
 
@@ -538,7 +545,18 @@ LOAD_ERRORS: tuple[type[LLMKitError], ...] = (
 """What can be raised where a model is loaded."""
 
 ASK_ERRORS: tuple[type[LLMKitError], ...] = tuple(
-    dict.fromkeys((ModelNotFound, WrongState, ModelNotLoaded, ModelUnloaded, RequestCancelled, QueueFull, *LOAD_ERRORS))
+    dict.fromkeys(
+        (
+            ModelNotFound,
+            WrongState,
+            ModelNotLoaded,
+            ModelUnloaded,
+            RequestCancelled,
+            QueueFull,
+            BudgetExhausted,
+            *LOAD_ERRORS,
+        )
+    )
 )
 """What can be raised where a model is asked: a request may load it first."""
 

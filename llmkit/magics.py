@@ -127,7 +127,7 @@ class Magics:
             self._model_id = client.model(model_id).model_id
             return None
         health = client.health()
-        print(f"{client.url}: llmkit {health.version}, {health.status}")
+        print(f"{client.place}: llmkit {health.version}, {health.status}")
         for problem in health.problems:
             print(f"  {problem}")
         if self._model_id is not None:

@@ -140,15 +140,20 @@ OPTIONAL_FIELDS: Final = (
 """Fields of a configuration that appear in answers only if they were set."""
 
 
+SERVERS_OWN: Final = ("config_id", "declared", "configured_by")
+"""Fields of a configuration that the server alone decides."""
+
+
 class StoredConfigRequest(ModelConfigRequest):
     """Body of ``PUT /llm/configuration/{config_id}``: also what a GET of it answers."""
 
     config_id: str | None = None
     declared: bool = False
+    configured_by: str | None = Field(None, description="Whose it is, on a server that many people share.")
 
     def request(self) -> ModelConfigRequest:
         """Give the part that a client decides."""
-        return ModelConfigRequest.model_validate(self.model_dump(exclude={"config_id", "declared"}))
+        return ModelConfigRequest.model_validate(self.model_dump(exclude=set(SERVERS_OWN)))
 
 
 class Configuration(StoredConfigRequest):
@@ -156,7 +161,7 @@ class Configuration(StoredConfigRequest):
 
     config_id: str
 
-    model_config = may_lack(*OPTIONAL_FIELDS, "declared")
+    model_config = may_lack(*OPTIONAL_FIELDS, "declared", "configured_by")
 
     def to_wire(self) -> dict[str, Any]:
         """Give the JSON object of the configuration, identifiers first."""
@@ -170,6 +175,8 @@ class Configuration(StoredConfigRequest):
         fields |= {k: v for k, v in self.model_dump(include=set(OPTIONAL_FIELDS)).items() if v is not None}
         if self.declared:
             fields["declared"] = True
+        if self.configured_by is not None:
+            fields["configured_by"] = self.configured_by
         return fields
 
 
@@ -268,6 +275,10 @@ class Model(Wire):
     capabilities: Capabilities = Capabilities()
     owner: str | None = None
     """Address of another Jupyter server of this home that has the model loaded."""
+    configured_by: str | None = None
+    """Who has made the configuration, on a server that many people share."""
+    loaded_by: str | None = None
+    """Who has loaded the model there; None also if a request did, or the server."""
     error: ModelError | None = None
 
 
@@ -483,8 +494,10 @@ class RequestRecord(Wire):
     request_body: str | None = None
     """Only if the operator has bodies recorded."""
     response_body: str | None = None
+    user: str | None = None
+    """Who has asked; only on a server that many people share."""
 
-    model_config = may_lack("request_body", "response_body")
+    model_config = may_lack("request_body", "response_body", "user")
 
 
 class RunningRequest(Wire):
@@ -502,6 +515,10 @@ class RunningRequest(Wire):
     position: int | None = None
     """In the queue: 1 is the next. None if it does not wait there."""
     elapsed_seconds: float
+    user: str | None = None
+    """Who asks; only on a server that many people share."""
+
+    model_config = may_lack("user")
 
 
 class RequestList(Wire):
@@ -509,6 +526,27 @@ class RequestList(Wire):
 
     running: list[RunningRequest]
     recent: list[RequestRecord]
+
+
+class UsageOfDay(Wire):
+    """What one user has asked of one model on one day."""
+
+    day: str
+    """Of UTC, as ``2026-11-25``."""
+    user: str
+    model_id: str
+    requests: int
+    tokens: int
+    """Of prompts and answers; what nobody has counted is what was reserved for it."""
+
+
+class UsageList(Wire):
+    """Answer of ``GET /llm/usage/``: who has used how much, and what is left to who asks."""
+
+    usage: list[UsageOfDay]
+    limits: dict[str, int]
+    """``requests_per_minute`` and the like, for everybody but administrators; what is not named is not limited."""
+    left: dict[str, int]
 
 
 ANSWER_MAY_LACK: Final = ("reasoning", "tool_calls", "logprobs", "cost")

@@ -71,6 +71,8 @@ class Hub:
         Public address, with a slash at its end.
     token
         Opens the Hub's API and every user's server.
+    hub_port
+        Of the Hub's API, without the proxy.
     """
 
     def __init__(self, config: str = "") -> None:
@@ -81,13 +83,13 @@ class Hub:
         self.run_dir = Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp"))
         self.log_file = self.folder / "hub.log"
         self.token = secrets.token_hex(16)
-        port, hub_port, proxy_port = free_ports(3)
+        port, self.hub_port, proxy_port = free_ports(3)
         self.url = f"http://127.0.0.1:{port}/"
         (self.folder / "home").mkdir()
         (self.folder / "jupyterhub_config.py").write_text(
             CONFIG.format(
                 url=self.url,
-                hub_port=hub_port,
+                hub_port=self.hub_port,
                 proxy_port=proxy_port,
                 proxy=str(proxy),
                 folder=self.folder,
@@ -177,6 +179,14 @@ class Hub:
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         """Send a request with the token; `path` starts below the public address, for example ``hub/api/users``."""
         return self._http.request(method, self.url + path, **kwargs)
+
+    def token_of(self, user: str) -> str:
+        """Make a user, if need be, and give a token with which they may what they may."""
+        answer = self.request("POST", f"hub/api/users/{user}")
+        assert answer.status_code in (201, 409), answer.text
+        answer = self.request("POST", f"hub/api/users/{user}/tokens", json={"note": "tests"})
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["token"])
 
     def start_server(self, user: str) -> str:
         """Make a user and start their server; give its public base URL, with a slash at its end."""

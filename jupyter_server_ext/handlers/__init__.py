@@ -27,6 +27,8 @@ from jupyter_server_ext.handlers.observability import (
     HealthHandler,
     LogsHandler,
     OpenAPIHandler,
+    UsageHandler,
+    UsageTableHandler,
 )
 from jupyter_server_ext.handlers.openai_api import (
     RELAYED_PATHS,
@@ -60,6 +62,8 @@ ROUTES: list[tuple[str, type[Any]]] = [
     (r"/llm/models/([^/]+)/metrics/?", EngineMetricsHandler),
     (r"/llm/devices/?", DevicesHandler),
     (r"/llm/health/?", HealthHandler),
+    (r"/llm/usage/?", UsageHandler),
+    (r"/llm/usage\.csv", UsageTableHandler),
     (r"/llm/openapi\.json", OpenAPIHandler),
     (r"/llm(?:/.*)?", UnknownPathHandler),
 ]

@@ -26,6 +26,7 @@ from jupyter_server_ext.operations import Flag, Number, Seconds
 from llmkit import errors
 from llmkit.engines.base import does_not_fit, validation_details
 from llmkit.errors import LLMKitError
+from llmkit.registry.people import Person
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import MAX_CONFIGURATION_BYTES
 from llmkit.tool_keys import ToolKey
@@ -123,6 +124,17 @@ class LLMHandler(ExtensionHandlerMixin, APIHandler):
     async def registry(self) -> ModelRegistry:
         """Give the registry, once it is ready."""
         return await self.app.ready()
+
+    @property
+    def person(self) -> Person | None:
+        """Who asks, where the authorizer tells people apart; None where all are one."""
+        tell: Callable[[Any], Person] | None = getattr(self.authorizer, "person", None)
+        return None if tell is None else tell(self.current_user)
+
+    def check_administers(self) -> None:
+        """Raise `NotAllowed` where many people share the server and this one does not administer it."""
+        if self.person is not None and not self.person.administers:
+            raise errors.NotAllowed("Only administrators of this server do this.", hint="Ask one of them.")
 
     # -- the request ---------------------------------------------------------------------------------------
 

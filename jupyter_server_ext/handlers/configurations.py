@@ -45,9 +45,9 @@ class ConfigureModelHandler(LLMHandler):
         dry_run = self.flag(DRY_RUN)
         request = await self.read_body(ModelConfigRequest)
         if dry_run:
-            self.answer(Checked(plan=await registry.check(request)))
+            self.answer(Checked(plan=await registry.check(request, by=self.person)))
             return
-        configuration = await registry.configure(request)
+        configuration = await registry.configure(request, self.person)
         self.answer(Configured(config_id=configuration.config_id))
 
 
@@ -93,11 +93,11 @@ class ConfigurationHandler(LLMHandler):
         body = await self.read_body(StoredConfigRequest)
         if body.config_id not in (None, config_id):
             raise does_not_fit([{"path": "config_id", "message": "is not the one in the path"}])
-        reload = self.flag(RELOAD)
+        reload, by = self.flag(RELOAD), self.person
         if self.flag(DRY_RUN):
-            self.answer(Checked(plan=await registry.check(body.request(), config_id, reload=reload)))
+            self.answer(Checked(plan=await registry.check(body.request(), config_id, reload=reload, by=by)))
             return
-        self.answer((await registry.update(config_id, body.request(), reload=reload)).to_wire())
+        self.answer((await registry.update(config_id, body.request(), reload=reload, by=by)).to_wire())
 
     @describes(
         answer=ConfigurationDeleted,
@@ -109,7 +109,7 @@ class ConfigurationHandler(LLMHandler):
     async def delete(self, config_id: str) -> None:
         """Delete a configuration and its key."""
         registry = await self.registry()
-        await registry.delete(config_id, unload=self.flag(UNLOAD))
+        await registry.delete(config_id, unload=self.flag(UNLOAD), by=self.person)
         self.answer(ConfigurationDeleted(detail="Configuration deleted successfully"))
 
 

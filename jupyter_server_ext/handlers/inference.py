@@ -101,7 +101,7 @@ class InferenceHandler(AskingHandler):
             self.introduce(requests, running)
 
         if request.inference_kwargs.get("stream") is not True:
-            answer = await requests.infer(request, priority=priority, key=self.tool_key, known=known)
+            answer = await requests.infer(request, priority=priority, key=self.tool_key, by=self.person, known=known)
             self.name_model()
             self.answer(_plain(answer))
             return
@@ -111,7 +111,9 @@ class InferenceHandler(AskingHandler):
             await self.send(*frames)
 
         try:
-            answer = await requests.infer(request, send, priority=priority, key=self.tool_key, known=known)
+            answer = await requests.infer(
+                request, send, priority=priority, key=self.tool_key, by=self.person, known=known
+            )
             self.name_model()
             await self.write_now(events_of(_plain(answer)) + b"data: [DONE]\n\n", is_last=True)
         except Exception as raised:
@@ -136,7 +138,7 @@ class RequestHandler(LLMHandler):
     async def delete(self, request_id: str) -> None:
         """End a running request."""
         registry = await self.registry()
-        registry.requests.cancel(request_id, self.tool_key)
+        registry.requests.cancel(request_id, self.tool_key, self.person)
         self.answer(Cancelled(message="Request cancelled", request_id=request_id))
 
 
@@ -155,10 +157,10 @@ class RequestsHandler(LLMHandler):
         model_id = self.get_query_argument(MODEL_ID.name, None)
         if model_id is not None:
             registry.model(model_id)  # 404 of one that does not exist
-        found = await registry.requests.overview(limit, model_id)
+        found = await registry.requests.overview(limit, model_id, self.person)
         told = found.model_dump(mode="json")
-        for record in told["recent"]:
-            for name in ("request_body", "response_body"):
-                if record[name] is None:
+        for record in (*told["running"], *told["recent"]):
+            for name in ("request_body", "response_body", "user"):
+                if name in record and record[name] is None:
                     del record[name]
         self.answer(told)

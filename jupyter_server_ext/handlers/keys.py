@@ -26,6 +26,7 @@ class KeysHandler(LLMHandler):
     @authorized("read", resource=RESOURCE)
     async def get(self) -> None:
         """List the keys, without what opens anything."""
+        self.check_administers()
         registry = await self.registry()
         self.answer(ToolKeyList(keys=registry.keys.all()))
 
@@ -34,6 +35,7 @@ class KeysHandler(LLMHandler):
     @authorized("write", resource=RESOURCE)
     async def post(self) -> None:
         """Make a key and answer it, this once."""
+        self.check_administers()
         registry = await self.registry()
         request = await self.read_body(ToolKeyRequest)
         for action in GRANTED:
@@ -53,6 +55,7 @@ class KeyHandler(LLMHandler):
     @authorized("write", resource=RESOURCE)
     async def delete(self, name: str) -> None:
         """Revoke a key."""
+        self.check_administers()
         registry = await self.registry()
         await registry.keys.revoke(name)
         self.answer(KeyRevoked(message="Key revoked", name=name))

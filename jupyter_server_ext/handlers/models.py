@@ -38,7 +38,7 @@ class LoadModelHandler(LLMHandler):
         if self.flag(DRY_RUN):
             self.answer(await registry.plan(config_id))
             return
-        model = await registry.load(config_id, wait=wait, force=force)
+        model = await registry.load(config_id, wait=wait, force=force, by=self.person)
         if not wait:
             self.answer(model, HTTPStatus.ACCEPTED)
             return
@@ -57,7 +57,7 @@ class UnloadModelHandler(LLMHandler):
         """Unload a model and say what was freed."""
         registry = await self.registry()
         drain = self.seconds(DRAIN)
-        freed = await registry.unload(model_id, drain=drain)
+        freed = await registry.unload(model_id, drain=drain, by=self.person)
         self.answer(Unloaded(message="Model unloaded successfully", model_id=model_id, freed=freed))
 
 

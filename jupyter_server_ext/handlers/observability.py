@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import csv
+import io
 from typing import Any
 
 from jupyter_server.auth.decorator import authorized
@@ -15,7 +17,7 @@ from jupyter_server_ext.handlers.streaming import StreamHandler
 from jupyter_server_ext.operations import Flag, Number, describes
 from llmkit.errors import EngineGone, ModelNotFound, ModelNotLoaded, NotSupported, TimedOut
 from llmkit.registry.registry import ModelRegistry
-from llmkit.schemas import Devices, Health, LogTail
+from llmkit.schemas import Devices, Health, LogTail, UsageList, UsageOfDay
 
 TAIL = Number("tail", "Lines at most.", 200, 10_000)
 FOLLOW = Flag("follow", "Stream the log: the last lines first, then what is added.")
@@ -33,6 +35,36 @@ class HealthHandler(LLMHandler):
         """Answer the condition of registry and store."""
         registry = await self.registry()
         self.answer(registry.health())
+
+
+class UsageHandler(LLMHandler):
+    """``GET /llm/usage/``."""
+
+    _track_activity = False
+
+    @describes(answer=UsageList)
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Answer who has used how much: their own usage to people who do not administer the server."""
+        registry = await self.registry()
+        self.answer(await registry.usage(self.person))
+
+
+class UsageTableHandler(LLMHandler):
+    """``GET /llm/usage.csv``."""
+
+    _track_activity = False
+
+    @describes(answer=str, text="text/csv")
+    @web.authenticated
+    @authorized("read", resource=RESOURCE)
+    async def get(self) -> None:
+        """Answer who has used how much, as a table for a spreadsheet."""
+        told = await (await self.registry()).usage(self.person)
+        self.set_header("Content-Type", "text/csv; charset=utf-8")
+        self.set_header("Content-Disposition", 'attachment; filename="usage.csv"')
+        self.finish(_to_csv(told.usage), set_content_type="text/csv; charset=utf-8")
 
 
 class OpenAPIHandler(LLMHandler):
@@ -115,3 +147,14 @@ class EngineMetricsHandler(StreamHandler):
         metrics = await registry.engine_metrics(model_id)
         self.set_header("Content-Type", CONTENT_TYPE_LATEST)
         self.finish(metrics)
+
+
+def _to_csv(usage: list[UsageOfDay]) -> str:
+    """Write a table with a line of names; no cell begins as the formulas of spreadsheets do."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(UsageOfDay.model_fields)
+    for one in usage:
+        cells = map(str, one.model_dump().values())
+        writer.writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in cells])
+    return file.getvalue()

@@ -72,7 +72,14 @@ class OpenAIHandler(AskingHandler):
 
         try:
             answer = await requests.relay(
-                api, body, write, priority=priority, headers=headers or None, key=self.tool_key, known=known
+                api,
+                body,
+                write,
+                priority=priority,
+                headers=headers or None,
+                key=self.tool_key,
+                by=self.person,
+                known=known,
             )
         except Exception as raised:
             if not self._headers_written:

@@ -85,7 +85,12 @@ class AsyncClient:
 
     @classmethod
     async def connect(
-        cls, url: str | None = None, token: str | None = None, *, verify: bool | str | None = None
+        cls,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        verify: bool | str | None = None,
+        shared: bool | None = None,
     ) -> Self:
         """Find the server and give a client of it; parameters and errors are those of `llmkit.connect`.
 
@@ -96,7 +101,7 @@ class AsyncClient:
         <llmkit.AsyncClient http://127.0.0.1:...>
         >>> await client.close()
         """
-        return cls(await asyncio.to_thread(discovery.connect, url, token, verify=verify))
+        return cls(await asyncio.to_thread(discovery.connect, url, token, verify=verify, shared=shared))
 
     @property
     def url(self) -> str:
@@ -109,8 +114,30 @@ class AsyncClient:
         """
         return self._client.url
 
+    @property
+    def shared(self) -> bool:
+        """Whether many people share the server, as a service of their JupyterHub.
+
+        Examples
+        --------
+        >>> client.shared
+        False
+        """
+        return self._client.shared
+
+    @property
+    def place(self) -> str:
+        """The server in words for people: its address, and whether it is a shared one.
+
+        Examples
+        --------
+        >>> client.place
+        'http://127.0.0.1:...'
+        """
+        return self._client.place
+
     def __repr__(self) -> str:
-        return f"<llmkit.AsyncClient {self.url}>"
+        return f"<llmkit.AsyncClient {self.place}>"
 
     def as_async(self) -> AsyncClient:
         """Give this client.

@@ -31,6 +31,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 _STOP_SECONDS: Final = 10.0
 _FIRST_LOOK, _LONGEST_LOOK = 0.1, 5.0
 _FULL: Final = "the queue of the model is full"
+_SPENT: Final = "your budget is spent for now"
 _SLOW: Final = "the endpoint asks to slow down"
 
 # Whatever the row, the answer would be the same.
@@ -103,7 +104,7 @@ class Asking:
         self._news: deque[Row] = deque()
         self._left = iter(self.plan.identities)
         self._working = self.plan.concurrency
-        self._resting = {_FULL: 0, _SLOW: 0}
+        self._resting = {_FULL: 0, _SPENT: 0, _SLOW: 0}
         self._waiting_for = ""
         self._answers, self._answered_at = 0, 0.0
         self._good: Row | None = None
@@ -261,10 +262,11 @@ class Asking:
         while True:
             try:
                 return await self.server.ask(body, {"X-LLMKit-Priority": plan.priority})
-            except errors.QueueFull as error:
+            except (errors.QueueFull, errors.BudgetExhausted) as error:
+                why = _FULL if isinstance(error, errors.QueueFull) else _SPENT
                 if time.monotonic() - max(begun_at, self._answered_at) > plan.patience:
-                    raise self._in_vain(_FULL) from error
-                await self._rest(_FULL, _asked_pause(error, LONGEST_PAUSE) * random.uniform(1, 1.25))  # noqa: S311
+                    raise self._in_vain(why) from error
+                await self._rest(why, _asked_pause(error, LONGEST_PAUSE) * random.uniform(1, 1.25))  # noqa: S311
 
     def _read(self, identity: str, told: Mapping[str, Any]) -> Row:
         text, finish_reason = _sendable(str(told.get("response") or "")), told.get("finish_reason")

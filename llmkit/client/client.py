@@ -68,8 +68,30 @@ class Client(Configurations, Models, Tables, Conversations, ToolKeys):
         """
         return self.connection.server.url
 
+    @property
+    def shared(self) -> bool:
+        """Whether many people share the server, as a service of their JupyterHub.
+
+        Examples
+        --------
+        >>> client.shared
+        False
+        """
+        return self.connection.server.shared
+
+    @property
+    def place(self) -> str:
+        """The server in words for people: its address, and whether it is a shared one.
+
+        Examples
+        --------
+        >>> client.place
+        'http://127.0.0.1:...'
+        """
+        return f"{self.url} (shared)" if self.shared else self.url
+
     def __repr__(self) -> str:
-        return f"<llmkit.Client {self.url}>"
+        return f"<llmkit.Client {self.place}>"
 
     def close(self) -> None:
         """Close the connections to the server; the models stay as they are.

@@ -13,7 +13,7 @@ from llmkit.client.models import UNLOAD_SECONDS, Models
 from llmkit.client.provenance import KnownConfigurations
 from llmkit.client.results import Configuration, ModelType, read_configuration
 from llmkit.client.transfer import ImportedList
-from llmkit.schemas import OPTIONAL_FIELDS, LoadPlan
+from llmkit.schemas import OPTIONAL_FIELDS, SERVERS_OWN, LoadPlan
 
 
 class Configurations(Models):
@@ -153,7 +153,7 @@ class Configurations(Models):
         {'temperature': 0.2}
         """
         stored = self.configuration(self.model(model_id).config_id)
-        body = {k: v for k, v in stored.to_wire().items() if k not in ("config_id", "declared")} | changes
+        body = {k: v for k, v in stored.to_wire().items() if k not in SERVERS_OWN} | changes
         body = {k: v for k, v in body.items() if v is not None or k not in OPTIONAL_FIELDS}
         path = path_to("llm/configuration", stored.config_id)
         params = {"reload": "true"} if reload else None

@@ -44,6 +44,8 @@ class Server:
         Path of the unix socket that it listens on, if it does.
     pid, root
         Its process and the folder that it serves, where these are known.
+    shared
+        Whether many people share it, as a service of their JupyterHub.
     """
 
     url: str
@@ -52,6 +54,7 @@ class Server:
     uds: str | None = None
     pid: int | None = None
     root: str = ""
+    shared: bool = False
 
     @property
     def headers(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Find the Jupyter server that a kernel or a script belongs to.
 
-In this order: what `connect` is given; ``LLMKIT_SERVER_URL`` and ``LLMKIT_TOKEN``; the server that started the
-kernel, or that this process runs under; JupyterHub's variables; any running server of this user that answers
-``/llm/health``.
+In this order: what `connect` is given; ``LLMKIT_SERVER_URL`` and ``LLMKIT_TOKEN``; the service of a JupyterHub that
+``LLMKIT_SHARED_URL`` names; the server that started the kernel, or that this process runs under; JupyterHub's
+variables; any running server of this user that answers ``/llm/health``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ START_HINT = (
 )
 
 
+SHARED_HINT = (
+    "Who may use what JupyterHub's users share is decided by the Hub's administrators. "
+    "llmkit.connect(shared=False) finds a server of your own."
+)
 MAX_PID = 2**31 - 1
 """Of no system is one larger; to ask for a process beyond is an error."""
 
@@ -49,7 +53,13 @@ class Candidate:
     """The user named it: if it fails, no other is tried."""
 
 
-def connect(url: str | None = None, token: str | None = None, *, verify: bool | str | None = None) -> Client:
+def connect(
+    url: str | None = None,
+    token: str | None = None,
+    *,
+    verify: bool | str | None = None,
+    shared: bool | None = None,
+) -> Client:
     """Find the server and give a client of it.
 
     Inside Jupyter nothing has to be given.
@@ -63,6 +73,9 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
     verify
         For ``https``: the path of the server's certificate or of its authority, or False to trust any. Default:
         ``LLMKIT_VERIFY``, else the system's authorities.
+    shared
+        Under JupyterHub: True for the service that many people share, False for what is yours alone. Default: the
+        service, if the Hub names one in ``LLMKIT_SHARED_URL``.
 
     Raises
     ------
@@ -93,7 +106,7 @@ def connect(url: str | None = None, token: str | None = None, *, verify: bool | 
     tried: list[str] = []
     first: LLMKitError | None = None
     trust = _trust(os.environ) if verify is None else verify
-    for candidate in candidates(url, os.environ):
+    for candidate in candidates(url, os.environ, shared=shared):
         server = candidate.server
         if server is None:
             tried.append(f"{candidate.source}: {candidate.reason}")
@@ -141,7 +154,8 @@ def probe(connection: Connection) -> Health:
             )
         raise explain_missing(server)
     if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise NotAllowed(f"{server.url} refuses {_credentials(server)}.", hint=_credentials_hint(server))
+        hint = SHARED_HINT if server.shared else _credentials_hint(server)
+        raise NotAllowed(f"{server.url} refuses {_credentials(server)}.", hint=hint)
     if not response.is_success:
         raise connection.error_of(response)
     try:
@@ -187,19 +201,31 @@ def _is_tool_key(server: Server) -> bool:
 # -- where to look ---------------------------------------------------------------------------------------------
 
 
-def candidates(url: str | None, environ: Mapping[str, str]) -> Iterator[Candidate]:
+def candidates(url: str | None, environ: Mapping[str, str], *, shared: bool | None = None) -> Iterator[Candidate]:
     """Give what to try, in order, each server with its own token; no server is asked anything here.
+
+    ``shared`` is that of `connect`.
 
     Raises
     ------
     ServerNotFound
         If the address that was named is none.
     """
-    named = environ.get("LLMKIT_SERVER_URL")
+    named, service = environ.get("LLMKIT_SERVER_URL"), environ.get("LLMKIT_SHARED_URL")
     if url is not None:
         yield Candidate("the url given", _named(url, environ), explicit=True)
+    elif shared:
+        if not service:
+            raise ServerNotFound(
+                "LLMKIT_SHARED_URL is not set: this JupyterHub names no llmkit that many people share.",
+                hint="llmkit.connect() finds one of your own.",
+            )
+        yield Candidate("LLMKIT_SHARED_URL", _named(service, environ), explicit=True)
     elif named:
         yield Candidate("LLMKIT_SERVER_URL", _named(named, environ), explicit=True)
+    elif service and shared is None:
+        # If it fails, no other is tried: it is not the same models that another one has.
+        yield Candidate("LLMKIT_SHARED_URL", _named(service, environ), explicit=True)
     else:
         yield Candidate("LLMKIT_SERVER_URL", reason="not set")
         folder = runtime_dir()
@@ -223,12 +249,16 @@ def _named(url: str, environ: Mapping[str, str]) -> Server:
     base, token = parse_url(url)
     known = next((server for server, _ in running_servers(runtime_dir()) if _same(server.url, base)), None)
     # A token goes only to the server that it is for.
+    service = environ.get("LLMKIT_SHARED_URL")
+    shared = bool(service) and _same(parse_url(service or "")[0], base)
+    if token is None and shared:
+        token = environ.get("JUPYTERHUB_API_TOKEN")
     named = environ.get("LLMKIT_SERVER_URL")
     if token is None and (not named or _same(parse_url(named)[0], base)):
         token = environ.get("LLMKIT_TOKEN")
     if token is None and known is not None:
         token = known.token
-    return Server(base, token or None, pid=known.pid if known else None)
+    return Server(base, token or None, pid=known.pid if known else None, shared=shared)
 
 
 def _same(one: str, other: str) -> bool:

@@ -278,8 +278,14 @@ def describe_status(model: schemas.Model) -> str:
     """Say how a model is, in a few words."""
     if model.status == "loading":
         phase = f" ({model.phase})" if model.phase else ""
-        return f"loading{phase}"
-    return f"{model.status}: {model.reason}" if model.status == "failed" and model.reason else model.status
+        return f"loading{phase}{_by(model)}"
+    if model.status == "failed" and model.reason:
+        return f"{model.status}: {model.reason}"
+    return f"{model.status}{_by(model)}"
+
+
+def _by(model: schemas.Model) -> str:
+    return f" by {model.loaded_by}" if model.loaded_by else ""
 
 
 def describe_engine(name: str | None, version: str | None) -> str:

@@ -212,8 +212,8 @@ class _OwnServer:
             except LLMKitError:
                 # A process that was just killed refuses connections before it is known to have ended.
                 self._forget_if_ended(_END_SECONDS)
-                # Named by the user, or started here and alive: `connect` would not look for another.
-                if os.environ.get("LLMKIT_SERVER_URL"):
+                # Named by the user or the Hub, or started here and alive: `connect` would not look for another.
+                if os.environ.get("LLMKIT_SERVER_URL") or os.environ.get("LLMKIT_SHARED_URL"):
                     raise
             _check_installed()
             server = StartedServer()

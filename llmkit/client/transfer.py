@@ -14,14 +14,13 @@ from pydantic import Field, ValidationError
 
 from llmkit.client import keys
 from llmkit.errors import DoesNotFit, LLMKitError
-from llmkit.schemas import ModelConfigRequest, Strict
+from llmkit.schemas import SERVERS_OWN, ModelConfigRequest, Strict
 
 if TYPE_CHECKING:
     from llmkit.client.configurations import Configurations
 
 VERSION = 1
 _KEY = "api_key"
-_SERVERS_OWN = ("config_id", "declared")
 _SHOWN_MISTAKES = 10
 _MADE_BY = "client.export_configurations makes such a file."
 
@@ -84,7 +83,7 @@ def export_configurations(client: Configurations, path: Path) -> list[str]:
     """Write every configuration to a file, and give the ``model_id`` of those whose key was left out."""
     told = [configuration.to_wire() for configuration in client.configurations()]
     without_key = [one["model_id"] for one in told if _drop_key(one["model_kwargs"])]
-    kept = [{name: value for name, value in one.items() if name not in _SERVERS_OWN} for one in told]
+    kept = [{name: value for name, value in one.items() if name not in SERVERS_OWN} for one in told]
     body = {"llmkit_configurations": VERSION, "without_key": without_key, "configurations": kept}
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # so that the file is whole or as it was
     try:
@@ -125,7 +124,7 @@ def _import(client: Configurations, request: ModelConfigRequest, *, replace: boo
         if not replace:
             hint = "The server has another of this name; import with replace=True puts this one in its place."
             return Imported(model_id=model_id, outcome="different", note=hint)
-        absent = {name: None for name in stored if name not in _SERVERS_OWN}
+        absent = {name: None for name in stored if name not in SERVERS_OWN}
         changes: dict[str, Any] = {**absent, "model_kwargs": {}, **body}
         del changes["model_id"]
         client.update(model_id, **changes)
@@ -137,7 +136,7 @@ def _import(client: Configurations, request: ModelConfigRequest, *, replace: boo
 
 
 def _same(body: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    ours = {name: value for name, value in stored.items() if name not in _SERVERS_OWN}
+    ours = {name: value for name, value in stored.items() if name not in SERVERS_OWN}
     return {"model_kwargs": {}, **body} == {"model_kwargs": {}, **ours}
 
 

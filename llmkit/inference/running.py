@@ -38,6 +38,8 @@ class Running:
     stream: bool = False
     key: str | None = None
     """Name of the key for tools that it came with."""
+    user: str | None = None
+    """Who asks, on a server that many people share."""
     task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
     error: LLMKitError | None = None
     """Why somebody else ended it."""
@@ -157,6 +159,7 @@ class Running:
             outcome,
             status,
             error,
+            self.user,
             *self._timings(seconds).values(),
             *((usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) if usage else (None, None, None)),
             *((cost.amount, cost.currency) if cost else (None, None)),
@@ -177,6 +180,7 @@ class Running:
             status=self.status,
             position=position,
             elapsed_seconds=round(time.monotonic() - self.start, 3),
+            user=self.user,
         )
 
 
@@ -186,7 +190,7 @@ def read_record(recorded: Recorded) -> dict[str, Any]:
         recorded
     )
     names = ("request_id", "model_id", "answered_by", "api", "priority", "stream", "tool_key", "started_at")
-    fields = dict(zip((*names, "outcome", "status", "error"), head, strict=True))
+    fields = dict(zip((*names, "outcome", "status", "error", "user"), head, strict=True))
     return {
         **fields,
         "started_at": datetime.fromtimestamp(fields["started_at"], UTC),

@@ -163,7 +163,7 @@ class Panel(w.VBox):
         show(self._no_server, visible=False)
         self._client = found.client
         self._build(found.client, found.may)
-        assign(self._header, value=markup.header("connected", found.client.url))
+        assign(self._header, value=markup.header("connected", found.client.place))
         self._show(found.snapshot)
         self._watch()
         if self.models and self.configure and self.prompt:
@@ -254,7 +254,7 @@ class Panel(w.VBox):
     def _follow(self, watcher: Watcher) -> None:
         if watcher is not self._watcher or self._client is None:
             return
-        assign(self._header, value=markup.header(watcher.state, self._client.url))
+        assign(self._header, value=markup.header(watcher.state, self._client.place))
         connected = watcher.state == "connected"
         (self._body.remove_class if connected else self._body.add_class)("llmkit-stale")
         if connected and watcher.snapshot is not None:

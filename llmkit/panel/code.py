@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from llmkit.schemas import OPTIONAL_FIELDS
+from llmkit.schemas import OPTIONAL_FIELDS, SERVERS_OWN
 
 WIDTH = 88
 INDENT = "    "
@@ -24,7 +24,6 @@ LOG_LINES = 200
 
 _IMPORT = "import llmkit\n\nclient = llmkit.connect()\n"
 _FIRST_LINE = '# In a terminal of JupyterLab first: eval "$(llmkit env)"\n'
-_SERVERS_OWN = ("config_id", "declared")
 _KEY = "api_key"
 _HOW_PYTHON = (
     "# The key is left out. To give it, import getpass and add to model_kwargs:\n"
@@ -181,7 +180,7 @@ def _without_key(body: Mapping[str, Any], *, keep_mark: bool) -> tuple[dict[str,
             return kept
         return [copy(one) for one in value] if isinstance(value, list | tuple) else value
 
-    return copy({name: value for name, value in body.items() if name not in _SERVERS_OWN}), found
+    return copy({name: value for name, value in body.items() if name not in SERVERS_OWN}), found
 
 
 def _quoted(name: str) -> str:

@@ -7,10 +7,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from llmkit.schemas import SERVERS_OWN
+
 OWN, ENGINE, GENERATION = "own", "engine", "generation"
 Place = tuple[str, str]
 """Which part of a configuration a value belongs to, and its name: ``seed`` is one of two parts."""
-_SERVERS_OWN = ("config_id", "declared", "model_type")
+_NOT_IN_FORM = (*SERVERS_OWN, "model_type")
 _LONGEST_STEM = 120
 _NO_DICT: Mapping[str, Any] = {}
 
@@ -35,7 +37,7 @@ def spread(told: Mapping[str, Any], table: Mapping[str, str]) -> dict[Place, Any
                     values[table.get(key, ENGINE), key] = inner
         elif name == "prices":
             values |= {(OWN, f"prices.{key}"): one for key, one in value.items()}
-        elif name not in _SERVERS_OWN:
+        elif name not in _NOT_IN_FORM:
             values[OWN, name] = value
     return values
 

@@ -64,6 +64,10 @@ def model_facts(model: Model, now: datetime) -> str:
         facts.append(model.reason or "")
     if model.owner:
         facts.append(f"in use by {model.owner}")
+    if model.configured_by:
+        facts.append(f"configured by {model.configured_by}")
+    if model.loaded_by:
+        facts.append(f"loaded by {model.loaded_by}")
     lines = [f'<div class="llmkit-facts">{" · ".join(map(escape, filter(None, facts)))}</div>']
     if model.status == "loaded":
         live = filter(None, (describe_memory(model.memory), requests(model), expiry(model, now)))

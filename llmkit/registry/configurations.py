@@ -25,6 +25,7 @@ from llmkit.errors import (
 )
 from llmkit.inference.bounds import check_schemas
 from llmkit.registry.database import explain
+from llmkit.registry.people import Person
 from llmkit.registry.presence import Presence
 from llmkit.registry.rules import Rules
 from llmkit.registry.secrets import (
@@ -260,24 +261,26 @@ class Configurations:
 
     # -- writing -------------------------------------------------------------------------------------------
 
-    def draft(self, request: ModelConfigRequest) -> Configuration:
+    def draft(self, request: ModelConfigRequest, by: Person | None = None) -> Configuration:
         """Check a new configuration as `insert` does, and store nothing; it has no ``config_id`` yet.
 
         Raises
         ------
         DoesNotFit, KeyNotAllowed
         """
-        configuration, _ = self._part(request, "", None)
+        configuration, _ = self._part(request, "", None, by)
         return configuration
 
-    async def insert(self, request: ModelConfigRequest) -> Configuration:
-        """Check and store a new configuration.
+    async def insert(self, request: ModelConfigRequest, by: Person | None = None) -> Configuration:
+        """Check and store a new configuration, that of who asks.
 
         Raises
         ------
-        DoesNotFit, KeyNotAllowed, ConfigurationExists, DiskFull
+        DoesNotFit, KeyNotAllowed, RefusedByOperator, ConfigurationExists, DiskFull
         """
-        configuration, secret = self._part(request, str(uuid4()), None)
+        configuration, secret = self._part(request, str(uuid4()), None, by)
+        if by is not None:
+            configuration = configuration.model_copy(update={"configured_by": by.name})
         store, files = self._opened
 
         def write() -> None:
@@ -292,9 +295,12 @@ class Configurations:
         await self._io(write)
         return configuration
 
-    async def prepare(self, request: ModelConfigRequest, stored: Configuration) -> tuple[Configuration, Secret | None]:
-        """Check a replacement of a stored configuration; `replace` then writes it."""
-        return self._part(request, stored.config_id, await self.secret(stored))
+    async def prepare(
+        self, request: ModelConfigRequest, stored: Configuration, by: Person | None = None
+    ) -> tuple[Configuration, Secret | None]:
+        """Check a replacement of a stored configuration, which stays whose it is; `replace` then writes it."""
+        configuration, secret = self._part(request, stored.config_id, await self.secret(stored), by)
+        return configuration.model_copy(update={"configured_by": stored.configured_by}), secret
 
     async def check_not_live_elsewhere(self, config_id: str) -> None:
         """Raise `ModelLiveElsewhere` where `replace` would."""
@@ -365,7 +371,13 @@ class Configurations:
         return self._policy.resolve(key, origin, self._environ, secret, is_default=is_default)
 
     def _part(
-        self, request: ModelConfigRequest, config_id: str, kept: Secret | None, *, declared: bool = False
+        self,
+        request: ModelConfigRequest,
+        config_id: str,
+        kept: Secret | None,
+        by: Person | None = None,
+        *,
+        declared: bool = False,
     ) -> tuple[Configuration, Secret | None]:
         """Check a request and part it from its raw key, which a mark then stands for."""
         engine_type, arguments = self.check(request)
@@ -374,6 +386,9 @@ class Configurations:
         self._rules.check(configuration, engine_type, arguments)
         origin = engine_type.origin(configuration)
         given = key_of(request.model_kwargs)
+        if by is not None and not by.administers:
+            self._rules.check_person(origin)
+            self._policy.check_person(given)
         if given is None:
             return configuration, None
         if origin is None:

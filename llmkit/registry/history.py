@@ -43,7 +43,7 @@ _ERRORS = (LLMKitError, OSError, sqlite3.Error)
 
 # The ID of a row is its place in the bytes of all bodies that were ever written. So the primary key says which rows
 # are beyond the bound, and nothing has to be summed up.
-_INSERT = "INSERT INTO requests VALUES ((SELECT id + size FROM requests ORDER BY id DESC LIMIT 1), ?, ?, ?, ?)"
+_INSERT = "INSERT INTO requests VALUES ((SELECT id + size FROM requests ORDER BY id DESC LIMIT 1), ?, ?, ?, ?, ?)"
 _TRIM = "DELETE FROM requests WHERE id < (SELECT id + size FROM requests ORDER BY id DESC LIMIT 1) - ?"
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ class _Row(NamedTuple):
     model_id: str
     size: int
     body: str
+    user: str | None
 
 
 class _RequestFile(Database):
@@ -72,7 +73,11 @@ class _RequestFile(Database):
                 ) STRICT
                 """,
                 "CREATE INDEX requests_of_model ON requests (model_id)",
-            ]
+            ],
+            [
+                "ALTER TABLE requests ADD COLUMN user TEXT",
+                "CREATE INDEX requests_of_user ON requests (user) WHERE user IS NOT NULL",
+            ],
         ],
         "record of requests",
     )
@@ -170,7 +175,7 @@ class RequestHistory:
         if len(pending) > self._backlog:
             self._many.set()
 
-    async def recent(self, limit: int, model_id: str | None = None) -> list[RequestRecord]:
+    async def recent(self, limit: int, model_id: str | None = None, user: str | None = None) -> list[RequestRecord]:
         """Give what ended last, newest first, also what is not written yet.
 
         Parameters
@@ -179,8 +184,10 @@ class RequestHistory:
             Gives at most so many; fewer, if some of them cannot be read by this version.
         model_id
             Gives only those that asked for this model.
+        user
+            Gives only those of this person.
         """
-        return [] if self._closed else await self._on_disk(self._recent, max(0, limit), model_id)
+        return [] if self._closed else await self._on_disk(self._recent, max(0, limit), model_id, user)
 
     def problems(self) -> list[str]:
         """Say what is wrong with the record of requests."""
@@ -231,10 +238,14 @@ class RequestHistory:
             self._failure = None
         return self._database
 
-    def _recent(self, limit: int, model_id: str | None) -> list[RequestRecord]:
+    def _recent(self, limit: int, model_id: str | None, user: str | None) -> list[RequestRecord]:
         self._write()
-        bodies = [row.body for row in reversed(self._rows) if model_id in (None, row.model_id)]
-        which, values = ("", ()) if model_id is None else ("WHERE model_id = ?", (model_id,))
+        bodies = [
+            row.body for row in reversed(self._rows) if model_id in (None, row.model_id) and user in (None, row.user)
+        ]
+        asked = {name: value for name, value in (("model_id", model_id), ("user", user)) if value is not None}
+        which, values = " AND ".join(f"{name} = ?" for name in asked), tuple(asked.values())
+        which = f"WHERE {which}" if which else ""
         try:
             with self._opened().read() as connection:
                 query = f"SELECT body FROM requests {which} ORDER BY id DESC LIMIT ?"  # noqa: S608  # ours
@@ -273,7 +284,9 @@ class RequestHistory:
 
     def _row(self, record: dict[str, Any]) -> _Row:
         body = self._body(record)
-        return _Row(record["started_at"].timestamp(), str(record["model_id"]), len(body), body.decode())
+        return _Row(
+            record["started_at"].timestamp(), str(record["model_id"]), len(body), body.decode(), record.get("user")
+        )
 
     def _body(self, record: dict[str, Any]) -> bytes:
         bodies = {name: record[name] for name in _BODIES if record.get(name) is not None}

@@ -284,7 +284,8 @@ class Loader:
                 if model.status != "loaded" or model.configuration.config_id == configuration.config_id:
                     continue
                 held = _held(model, estimate)
-                found.append(Candidate(model.configuration.model_id, held, model.idle_since, model.busy))
+                busy = model.busy or model.leased
+                found.append(Candidate(model.configuration.model_id, held, model.idle_since, busy))
         return found
 
     def _surplus(self, configuration: Configuration) -> int:

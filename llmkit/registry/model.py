@@ -140,6 +140,9 @@ class Model:
         self._failures: deque[float] = deque(maxlen=policies.CRASHES)
         self._failure: LLMKitError | None = None
         self.owner: str | None = None
+        self._loaded_by: str | None = None
+        self._next_by: str | None = None
+        self._leased_until = 0.0
         self._restart_task: asyncio.Task[None] | None = None
         self._load_seconds: float | None = None
         self._loaded_at: datetime | None = None
@@ -168,6 +171,11 @@ class Model:
     def live(self) -> bool:
         """Whether an engine runs or is on the way."""
         return self._status in ("loading", "loaded", "unloading")
+
+    @property
+    def loaded_by(self) -> str | None:
+        """Who has asked for the load, where people are told apart; None if it was a request, or nobody has."""
+        return self._loaded_by
 
     @property
     def load_seconds(self) -> float | None:
@@ -226,6 +234,8 @@ class Model:
             memory=self._memory,
             capabilities=self._capabilities,
             owner=self.owner,
+            configured_by=configuration.configured_by,
+            loaded_by=self._loaded_by,
             error=self._error,
         )
 
@@ -239,31 +249,35 @@ class Model:
         if status in ("unloaded", "failed"):
             self._memory, self._capabilities, self._loaded_at = NOT_LOADED, Capabilities(), None
             self._asked_ttl = None
+        if status == "unloaded":
+            self._loaded_by, self._leased_until = None, 0.0
         self._changed(self, "status")
 
     # -- load ----------------------------------------------------------------------------------------------
 
-    async def ensure_loaded(self, *, force: bool = False) -> None:
+    async def ensure_loaded(self, *, force: bool = False, by: str | None = None) -> None:
         """Return when the model is loaded, whoever started the load.
 
-        A caller that is cancelled leaves the load to the others. ``force`` is that of `start_loading`.
+        A caller that is cancelled leaves the load to the others. The parameters are those of `start_loading`.
 
         Raises
         ------
         LLMKitError
             The reason why it could not be loaded; `LoadCancelled` if somebody unloaded it meanwhile.
         """
-        error = await asyncio.shield(self.start_loading(force=force))
+        error = await asyncio.shield(self.start_loading(force=force, by=by))
         if error is not None:
             raise copy(error)  # each has its own: an error keeps the frames that it has gone through
 
-    def start_loading(self, *, force: bool = False) -> asyncio.Task[LLMKitError | None]:
+    def start_loading(self, *, force: bool = False, by: str | None = None) -> asyncio.Task[LLMKitError | None]:
         """Start a load, if there is none; one that has to wait for an unload begins when that is over.
 
         Parameters
         ----------
         force
             Busy models may be unloaded to make room, and what is not expected to fit is tried.
+        by
+            Who asks; theirs is the load, if this call has started it.
 
         Returns
         -------
@@ -279,11 +293,12 @@ class Model:
             raise copy(self._retired)
         if self._unload_task is not None:
             if self._next_load is None:
-                self._next_load = self._new_load(force=force)
+                self._next_load, self._next_by = self._new_load(force=force), by
             return self._next_load
         if self._status in ("unloaded", "failed"):
             self._end_restart()
             self._failures.clear()
+            self._loaded_by = by
             return self._begin(force=force)
         assert self._load_task is not None  # noqa: S101  # loading or loaded
         return self._load_task
@@ -508,7 +523,7 @@ class Model:
             self._unload_task = None
             following, self._next_load = self._next_load, None
             if following is not None:
-                self._load_task = following
+                self._load_task, self._loaded_by = following, self._next_by
                 self._set_loading()
 
     async def _bring_down(self, reason: str | None) -> Memory:
@@ -556,6 +571,11 @@ class Model:
     def busy(self) -> bool:
         """Whether requests run or wait."""
         return bool(self.admission.in_flight or self.admission.queued)
+
+    @property
+    def leased(self) -> bool:
+        """Whether somebody's batch has it, on a server that many people share: also between two of its requests."""
+        return time.monotonic() < self._leased_until
 
     @property
     def idle_since(self) -> datetime | None:
@@ -661,6 +681,8 @@ class Model:
         running = use.running
         if self._running.pop(running.request_id, None) is not None:
             self._last_used_at = datetime.now(UTC)
+            if running.user is not None and running.priority == "batch":
+                self._leased_until = time.monotonic() + policies.LEASE_SECONDS
         if use.slot is not None:
             self.admission.leave(use.slot)
         self._calmer.set()

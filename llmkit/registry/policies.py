@@ -16,6 +16,8 @@ FIRST_RESTART_SECONDS: Final = 1.0
 LONGEST_RESTART_SECONDS: Final = 60.0
 FIRST_USE_SECONDS: Final = 300.0
 """So long a model with a TTL of 0 waits for its first request."""
+LEASE_SECONDS: Final = 10.0
+"""So long after its last request a batch of one of many people keeps a model from being evicted."""
 LONGEST_TTL_SECONDS: Final = 1e9
 """What is longer is for ever."""
 _MOST_BEFORE_THE_END: Final = 0.99

@@ -61,7 +61,7 @@ class Readiness:
         logger: logging.Logger,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        if mode == "auto" and "JUPYTERHUB_USER" in environ:
+        if mode == "auto" and "JUPYTERHUB_USER" in environ and not environ.get("JUPYTERHUB_SERVICE_NAME"):
             mode = "off"
         self._mode = mode
         types = engine_types if mode != "off" else {}

@@ -30,6 +30,7 @@ from llmkit.errors import (
 from llmkit.inference.metrics import Metrics
 from llmkit.inference.running import read_record
 from llmkit.process.devices import Devices
+from llmkit.registry.budgets import Budgets
 from llmkit.registry.changes import Changes, Event
 from llmkit.registry.configurations import Configurations, exists
 from llmkit.registry.conversations import MOST, MOST_BYTES, Conversations
@@ -37,6 +38,7 @@ from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
 from llmkit.registry.keys import ToolKeys
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
+from llmkit.registry.people import Person, check_force, check_owner, check_unload
 from llmkit.registry.readiness import Mode, Readiness
 from llmkit.registry.requests import Requests, find_for, no_engine_here
 from llmkit.registry.rules import Rules
@@ -81,6 +83,10 @@ class Settings:
     max_record_bytes: int = 64 << 20
     max_conversations: int = MOST
     max_conversation_bytes: int = MOST_BYTES
+    shared: bool = False
+    """Whether many people share this server, and each of them is told apart."""
+    user_limits: Mapping[str, int] = field(default_factory=dict)
+    """Of each of them, by the names of `budgets.LIMITS`."""
     url: str = ""
     """Of this server, for the words of another that shares its home."""
     configurations: Sequence[Mapping[str, Any]] = ()
@@ -123,6 +129,8 @@ class ModelRegistry:
         Those that are kept.
     keys
         Keys for tools.
+    budgets
+        Of the people who share the server; None where all are one.
     """
 
     def __init__(
@@ -178,8 +186,14 @@ class ModelRegistry:
             max_bytes=settings.max_record_bytes,
             most_pending=PENDING_WITH_BODIES if settings.record_bodies else PENDING,
         )
+        self.budgets = Budgets(settings.state_dir, dict(settings.user_limits), logger) if settings.shared else None
         self.requests = Requests(
-            self._for_request, self._metrics, self._history, logger, record_bodies=settings.record_bodies
+            self._for_request,
+            self._metrics,
+            self._history,
+            logger,
+            record_bodies=settings.record_bodies,
+            budgets=self.budgets,
         )
         self.conversations = Conversations(
             settings.state_dir, most=settings.max_conversations, most_bytes=settings.max_conversation_bytes
@@ -212,6 +226,8 @@ class ModelRegistry:
                 # The operator reads the log; the other models are served meanwhile.
                 self._log.error("c.LLMKitApp.configurations: %s", error)
         await self._history.open()
+        if self.budgets is not None:
+            await self.budgets.open()
         await self.keys.catch_up()
         self._metrics.show()
         self._spawn(self._follow_other_servers())
@@ -238,6 +254,8 @@ class ModelRegistry:
         await self._readiness.close()
         self._metrics.hide()
         await self._history.close()
+        if self.budgets is not None:
+            await self.budgets.close()
         await self.conversations.close()
         await self.keys.close()
         await self._stored.close()
@@ -258,6 +276,7 @@ class ModelRegistry:
         """Say whether registry and store are well."""
         parts = (self._stored, self._history, self.conversations, self.keys)
         problems = [problem for part in parts for problem in part.problems()]
+        problems += self.budgets.problems() if self.budgets is not None else []
         return Health(
             status="stopping" if self._closing else "degraded" if problems else "ok",
             version=__version__,
@@ -327,6 +346,13 @@ class ModelRegistry:
         async with http.open("//metrics", method="GET") as response, asyncio.timeout(METRICS_SECONDS):
             await http.check_status(response)
             return await read_whole(response)
+
+    async def usage(self, by: Person | None = None) -> schemas.UsageList:
+        """Give who has used how much, as far as who asks may see it; nothing where people are not told apart."""
+        if self.budgets is None or by is None:
+            return schemas.UsageList(usage=[], limits={}, left={})
+        usage = await self.budgets.by_day(None if by.administers else by.name)
+        return schemas.UsageList(usage=usage, limits=self.budgets.limits, left=self.budgets.left(by.name))
 
     def snapshot(self) -> Snapshot:
         """Give every model as it is now."""
@@ -418,12 +444,12 @@ class ModelRegistry:
 
     # -- configuring ---------------------------------------------------------------------------------------
 
-    async def configure(self, request: ModelConfigRequest) -> Configuration:
-        """Store a new configuration; one that is equal to the stored one is given back.
+    async def configure(self, request: ModelConfigRequest, by: Person | None = None) -> Configuration:
+        """Store a new configuration, that of who asks; one that is equal to the stored one is given back.
 
         Raises
         ------
-        DoesNotFit, KeyNotAllowed
+        DoesNotFit, KeyNotAllowed, RefusedByOperator
             If it is wrong.
         ConfigurationExists
             If another configuration has the ``model_id``.
@@ -432,18 +458,23 @@ class ModelRegistry:
         if same is not None:
             return same.configuration
         try:
-            configuration = await self._stored.insert(request)
+            configuration = await self._stored.insert(request, by)
         except ConfigurationExists:
             # Somebody was faster, here or in another server of this home.
             self._take_over(await self._stored.read())
             if request.model_id not in self._models:
                 raise
-            return await self.configure(request)
+            return await self.configure(request, by)
         self._changed(self._add(configuration), "configured")
         return configuration
 
     async def check(
-        self, request: ModelConfigRequest, config_id: str | None = None, *, reload: bool = False
+        self,
+        request: ModelConfigRequest,
+        config_id: str | None = None,
+        *,
+        reload: bool = False,
+        by: Person | None = None,
     ) -> schemas.LoadPlan | None:
         """Check what `configure` would store, with ``config_id`` what `update` would; nothing is changed.
 
@@ -459,9 +490,9 @@ class ModelRegistry:
         """
         if config_id is None:
             model = await self._same_as(request)
-            configuration = self._stored.draft(request) if model is None else model.configuration
+            configuration = self._stored.draft(request, by) if model is None else model.configuration
         else:
-            change = await self._change(config_id, request, reload=reload)
+            change = await self._change(config_id, request, reload=reload, by=by)
             if change.configuration is not change.stored:
                 await self._stored.check_not_live_elsewhere(config_id)
             # What the engine was started with decides what a load takes.
@@ -480,7 +511,9 @@ class ModelRegistry:
             raise exists(model.configuration)
         return model
 
-    async def update(self, config_id: str, request: ModelConfigRequest, *, reload: bool = False) -> Configuration:
+    async def update(
+        self, config_id: str, request: ModelConfigRequest, *, reload: bool = False, by: Person | None = None
+    ) -> Configuration:
         """Replace a configuration.
 
         Generation defaults, description, limits and prices hold from the next request; what the engine was
@@ -489,8 +522,10 @@ class ModelRegistry:
         Raises
         ------
         ConfigurationNotFound, ConfigurationReadOnly, DoesNotFit, KeyNotAllowed, ModelIsLoaded
+        NotAllowed
+            If it is somebody else's, or the load that would end is.
         """
-        change = await self._change(config_id, request, reload=reload)
+        change = await self._change(config_id, request, reload=reload, by=by)
         model, stored, configuration = change.model, change.stored, change.configuration
         if configuration is stored:
             return stored
@@ -505,17 +540,18 @@ class ModelRegistry:
             raise
         self._changed(model, "updated")
         if change.new_engine and was_live:
+            loaded_by = model.loaded_by
             await model.unload()
-            model.start_loading()
+            model.start_loading(by=loaded_by)
         return configuration
 
-    async def _change(self, config_id: str, request: ModelConfigRequest, *, reload: bool) -> _Change:
+    async def _change(self, config_id: str, request: ModelConfigRequest, *, reload: bool, by: Person | None) -> _Change:
         """Check a replacement against what is stored at the moment in which it returns."""
         self._check_open()
         await self._catch_up()
         model = self._by_config_id(config_id)
         stored = model.configuration
-        self._check_writable(stored)
+        self._check_writable(stored, by)
         if request.model_id != stored.model_id:
             detail = {"path": "model_id", "message": f"must stay `{stored.model_id}`"}
             raise does_not_fit(
@@ -523,9 +559,9 @@ class ModelRegistry:
             )
         if await self._stored.is_same(request, stored):
             return _Change(model, stored, stored)
-        configuration, secret = await self._stored.prepare(request, stored)
+        configuration, secret = await self._stored.prepare(request, stored, by)
         if model.configuration is not stored:
-            return await self._change(config_id, request, reload=reload)  # somebody was faster: against theirs
+            return await self._change(config_id, request, reload=reload, by=by)  # somebody was faster: against theirs
         new_engine = (
             (configuration.model_name, configuration.model_type) != (stored.model_name, stored.model_type)
             # A new raw key has a new mark among the arguments.
@@ -536,9 +572,11 @@ class ModelRegistry:
                 f"`{stored.model_id}` is {model.status}; its engine cannot change while it runs.",
                 hint="Unload it first, or send the same with ?reload=true. In Python: client.update(..., reload=True).",
             )
+        if new_engine:
+            check_unload(by, model)
         return _Change(model, stored, configuration, secret, new_engine=new_engine)
 
-    async def delete(self, config_id: str, *, unload: bool = False) -> None:
+    async def delete(self, config_id: str, *, unload: bool = False, by: Person | None = None) -> None:
         """Delete a configuration and its key.
 
         Raises
@@ -546,17 +584,20 @@ class ModelRegistry:
         ConfigurationNotFound, ConfigurationReadOnly
         ModelIsLoaded
             If it is live and ``unload`` was not asked for.
+        NotAllowed
+            If it is somebody else's, or the load that would end is.
         """
         self._check_open()
         model = self._by_config_id(config_id)
         configuration = model.configuration
-        self._check_writable(configuration)
+        self._check_writable(configuration, by)
         if model.live and not unload:
             raise ModelIsLoaded(
                 f"`{configuration.model_id}` is {model.status}.",
                 hint=f"POST /llm/unload_model/{configuration.model_id} first, or send ?unload=true. "
                 f"In Python: client.delete({configuration.model_id!r}, unload=True).",
             )
+        check_unload(by, model)
         # Out of use first, so that nobody can load it again meanwhile.
         self._retire_deleted(model)
         try:
@@ -572,12 +613,13 @@ class ModelRegistry:
             self._deleting.discard(model)
             await self._loader.delete_log(configuration)
 
-    def _check_writable(self, configuration: Configuration) -> None:
+    def _check_writable(self, configuration: Configuration, by: Person | None) -> None:
         if configuration.declared:
             raise ConfigurationReadOnly(
                 f"`{configuration.model_id}` is declared by the operator of this server.",
                 hint="Configure a model of your own under another model_id.",
             )
+        check_owner(by, configuration.configured_by, f"The configuration of `{configuration.model_id}`")
 
     def _check_open(self) -> None:
         if self._closing:
@@ -585,7 +627,9 @@ class ModelRegistry:
 
     # -- loading -------------------------------------------------------------------------------------------
 
-    async def load(self, config_id: str, *, wait: bool = True, force: bool = False) -> schemas.Model:
+    async def load(
+        self, config_id: str, *, wait: bool = True, force: bool = False, by: Person | None = None
+    ) -> schemas.Model:
         """Load a model; with ``wait`` until it is loaded.
 
         Parameters
@@ -597,18 +641,24 @@ class ModelRegistry:
         ------
         ConfigurationNotFound, LLMKitError
             With ``wait``, the reason why it could not be loaded.
+        NotAllowed
+            With ``force``, if others' models are not theirs to unload.
         """
         self._check_open()
         model = self._by_config_id(config_id)
+        check_force(by, force=force)
+        name = None if by is None else by.name
         if wait:
-            await model.ensure_loaded(force=force)
+            await model.ensure_loaded(force=force, by=name)
         else:
-            model.start_loading(force=force)
+            model.start_loading(force=force, by=name)
         return model.snapshot()
 
-    async def unload(self, model_id: str, *, drain: float = 0.0) -> Memory:
-        """Unload a model, whatever its status, and say what was freed."""
-        return await self._by_model_id(model_id).unload(drain)
+    async def unload(self, model_id: str, *, drain: float = 0.0, by: Person | None = None) -> Memory:
+        """Unload a model, whatever its status, and say what was freed; raises `NotAllowed` if it is somebody else's."""
+        model = self._by_model_id(model_id)
+        check_unload(by, model)
+        return await model.unload(drain)
 
     async def _expire(self) -> None:
         """Unload models that were idle for as long as they may be."""

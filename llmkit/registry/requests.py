@@ -14,6 +14,7 @@ from pydantic_core import to_json
 
 from llmkit.engines.http import EngineHTTP
 from llmkit.errors import (
+    BudgetExhausted,
     EngineGone,
     EngineRefused,
     LLMKitError,
@@ -35,8 +36,10 @@ from llmkit.inference.metrics import Metrics
 from llmkit.inference.prompting import Collector, read_options, to_openai
 from llmkit.inference.relay import WholeAnswer, Write, relay
 from llmkit.inference.running import Running
+from llmkit.registry.budgets import Budgets, Charge, most_tokens
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
+from llmkit.registry.people import Person
 from llmkit.schemas import InferenceAnswer, InferenceRequest, Outcome, Priority, RequestList, RunningRequest
 from llmkit.tool_keys import ToolKey
 
@@ -45,6 +48,9 @@ CLIENT_CLOSED_REQUEST: Final = 499
 _REFUSED: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 _WORTH_ANOTHER: Final = (EngineGone, NotReady, RateLimited, TimedOut)
 """Errors of a model after which its fallback is asked; not what is wrong with the request, nor a full queue."""
+
+_ANSWERING: Final = ("chat/completions", "completions", "responses")
+"""Of the paths of OpenAI's API, those whose answers are made of tokens."""
 
 Send = Callable[..., Awaitable[None]]
 Known = Callable[[Running], None]
@@ -62,6 +68,8 @@ class Requests:
         Told of every request that is over.
     record_bodies
         Whether what was asked and answered is remembered, too.
+    budgets
+        Of the people who share the server; None where all are one.
     """
 
     def __init__(
@@ -72,8 +80,10 @@ class Requests:
         logger: logging.Logger,
         *,
         record_bodies: bool = False,
+        budgets: Budgets | None = None,
     ) -> None:
         self._find = find
+        self._budgets = budgets
         self._metrics = metrics
         self._history = history
         self._log = logger
@@ -89,6 +99,7 @@ class Requests:
         *,
         priority: Priority = "interactive",
         key: ToolKey | None = None,
+        by: Person | None = None,
         known: Known | None = None,
     ) -> InferenceAnswer:
         """Answer a prompt.
@@ -103,6 +114,8 @@ class Requests:
             The class of the request in the queue.
         key
             The key for tools that it came with: it asks only the models that this one may, also as a fallback.
+        by
+            Who asks.
         known
             Called once, with the request, before anything is waited for.
 
@@ -112,7 +125,14 @@ class Requests:
         """
         options = read_options(request)
         model = find_for(key, self._find, request.model_id)
-        running = Running(request.model_id, "inference", priority=priority, stream=send is not None, key=_name_of(key))
+        running = Running(
+            request.model_id,
+            "inference",
+            priority=priority,
+            stream=send is not None,
+            key=_name_of(key),
+            user=_name_of(by),
+        )
         if options.request_id is not None:
             running.request_id = options.request_id
         if running.request_id in self._running:
@@ -146,7 +166,8 @@ class Requests:
             running.keep("".join(collector.text).encode("utf-8", "replace"))
             return collector.answer(running, turn.capabilities.engine_version)
 
-        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known)
+        most = self._most(model, {**request.inference_kwargs, "prompt": request.prompt}, by)
+        return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known, by=by, most=most)
 
     async def relay(
         self,
@@ -157,6 +178,7 @@ class Requests:
         priority: Priority = "interactive",
         headers: Mapping[str, str] | None = None,
         key: ToolKey | None = None,
+        by: Person | None = None,
         known: Known | None = None,
     ) -> WholeAnswer | None:
         """Answer a request of OpenAI's API, with the engine's own words.
@@ -169,7 +191,7 @@ class Requests:
             OpenAI's; ``model`` is a ``model_id``.
         write
             Takes whole events of a streamed answer, and is awaited before more is read.
-        priority, key, known
+        priority, key, by, known
             As in `infer`.
         headers
             Of the client's request, those that the engine may see.
@@ -186,7 +208,7 @@ class Requests:
         model = find_for(key, self._find, openai_api.model_of(body))
         openai_api.check(body)
         model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
-        running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key))
+        running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key), user=_name_of(by))
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
@@ -215,7 +237,8 @@ class Requests:
                     break
             return answer
 
-        return await self._run(model, running, ask, key=key, known=known)
+        most = self._most(model, body, by, answers=api in _ANSWERING)
+        return await self._run(model, running, ask, key=key, known=known, by=by, most=most)
 
     async def _run(
         self,
@@ -226,15 +249,20 @@ class Requests:
         idle_ttl: float | None = None,
         key: ToolKey | None = None,
         known: Known | None = None,
+        by: Person | None = None,
+        most: int = 0,
     ) -> T:
         """Ask a model, or its fallback, and note how it ends."""
         self._running[running.request_id] = running
         outcome: Outcome = "failed"
         status, code = 500, None
         tried: list[Model] = []
+        charge: Charge | None = None
         try:
             if known is not None:
                 known(running)
+            if self._budgets is not None and by is not None:
+                charge = await _reserve(self._budgets, running, by, most)
             while True:
                 configuration = model.configuration
                 running.ask(configuration.model_id, configuration.prices)
@@ -263,7 +291,17 @@ class Requests:
             raise
         finally:
             del self._running[running.request_id]
+            if charge is not None and self._budgets is not None:
+                _settle(self._budgets, charge, running, outcome)
             self._note(running, outcome, int(status), code)
+
+    def _most(self, model: Model, asked: dict[str, Any], by: Person | None, *, answers: bool = True) -> int:
+        """Give the tokens that a request can take, where anybody counts them."""
+        if self._budgets is None or by is None:
+            return 0
+        own = (model.generation.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        default = next((number for number in own if isinstance(number, int)), None)
+        return most_tokens(asked, default if answers else 0)
 
     def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model], key: ToolKey | None) -> Model | None:
         """Give the model to ask instead, or None."""
@@ -298,12 +336,12 @@ class Requests:
     def __len__(self) -> int:
         return len(self._running)
 
-    def running(self, model_id: str | None = None) -> list[RunningRequest]:
-        """Give the requests that are not over, oldest first."""
+    def running(self, model_id: str | None = None, by: Person | None = None) -> list[RunningRequest]:
+        """Give the requests that are not over, oldest first, as far as who looks may see them."""
         positions: dict[str, dict[Any, int]] = {}
         found = []
         for one in self._running.values():
-            if model_id not in (None, one.model_id):
+            if model_id not in (None, one.model_id) or not _may_see(by, one):
                 continue
             name = one.answered_by or one.model_id
             if name not in positions:
@@ -321,15 +359,16 @@ class Requests:
         except LLMKitError:
             return None  # deleted meanwhile
 
-    async def overview(self, limit: int, model_id: str | None = None) -> RequestList:
-        """Give what runs, and as much of what is over."""
-        recent = await self._history.recent(limit, model_id)
-        return RequestList(running=self.running(model_id), recent=recent)
+    async def overview(self, limit: int, model_id: str | None = None, by: Person | None = None) -> RequestList:
+        """Give what runs, and as much of what is over: their own to people who do not administer the server."""
+        user = None if by is None or by.administers else by.name
+        recent = await self._history.recent(limit, model_id, user)
+        return RequestList(running=self.running(model_id, by), recent=recent)
 
-    def cancel(self, request_id: str, key: ToolKey | None = None) -> None:
-        """End a running request, with a key for tools only one of its own, or raise `RequestNotFound`."""
+    def cancel(self, request_id: str, key: ToolKey | None = None, by: Person | None = None) -> None:
+        """End a running request, or raise `RequestNotFound`; with a key for tools, or of many people, an own one."""
         running = self._running.get(request_id)
-        if running is None or (key is not None and running.key != key.name):
+        if running is None or (key is not None and running.key != key.name) or not _may_see(by, running):
             raise RequestNotFound(f"No running request has the id {request_id[:128]!r}.", param="request_id")
         running.abort(RequestCancelled("The request was cancelled.", hint="Somebody deleted it by its request_id."))
 
@@ -356,8 +395,32 @@ def find_for(key: ToolKey | None, find: Callable[[str], Model], model_id: str) -
     )
 
 
-def _name_of(key: ToolKey | None) -> str | None:
-    return None if key is None else key.name
+def _name_of(asker: ToolKey | Person | None) -> str | None:
+    return None if asker is None else asker.name
+
+
+def _may_see(by: Person | None, running: Running) -> bool:
+    return by is None or by.administers or by.name == running.user
+
+
+async def _reserve(budgets: Budgets, running: Running, by: Person, most: int) -> Charge:
+    try:
+        return await budgets.reserve(by.name, running.model_id, most, limited=not by.administers)
+    except asyncio.CancelledError as raised:
+        running.tell(raised)  # it was cancelled by its ID
+        raise
+
+
+def _settle(budgets: Budgets, charge: Charge, running: Running, outcome: Outcome) -> None:
+    """Charge what a request took: nothing if it was never sent, no tokens if the engine has answered nothing."""
+    if running.sent is None:
+        budgets.take_back(charge)
+    elif running.usage is not None:
+        told = running.usage
+        whole = (told.prompt_tokens or 0) + (told.completion_tokens or 0)
+        budgets.settle(charge, max(told.total_tokens or 0, whole))
+    else:
+        budgets.settle(charge, 0 if outcome in ("refused", "failed") and not running.answering else None)
 
 
 def _tries(http: EngineHTTP) -> tuple[bool, ...]:
@@ -403,7 +466,7 @@ def _part_from_its_origin(error: LLMKitError) -> None:
 
 
 def _outcome_of(error: LLMKitError) -> Outcome:
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | BudgetExhausted):
         return "rejected"
     if isinstance(error, RequestCancelled | ModelUnloaded):
         return "cancelled"

@@ -67,6 +67,18 @@ class Rules:
                     hint=f"Allowed are: {', '.join(self.allowed_base_urls)[:500]}.",
                 )
 
+    def check_person(self, origin: str | None) -> None:
+        """Raise `RefusedByOperator` if one of many people, no administrator, may not have requests sent to an origin.
+
+        A server that is shared can reach what they cannot: it answers from addresses of its own machine and network.
+        """
+        if origin is not None and not self.allowed_base_urls:
+            raise RefusedByOperator(
+                "The operator of this server allows no remote endpoints but those that administrators configure.",
+                param="model_kwargs.base_url",
+                hint="The operator can allow some for all: c.LLMKitApp.allowed_base_urls.",
+            )
+
     @property
     def hidden_arguments(self) -> frozenset[str]:
         """Engine arguments that nobody can use here, so that no form offers them."""

@@ -80,6 +80,18 @@ class KeyPolicy:
             )
         return name
 
+    def check_person(self, api_key: JsonValue) -> None:
+        """Raise `KeyNotAllowed` if one of many people, no administrator, names a key of the server's.
+
+        Unless the operator has said where each one goes, they could have it sent to an endpoint of their own.
+        """
+        if isinstance(api_key, str) and api_key.startswith("env:") and not self.secret_origins:
+            raise KeyNotAllowed(
+                "The keys of this server are named by its administrators alone.",
+                param="model_kwargs.api_key",
+                hint="Give a key of your own. The operator can say which may go where: c.LLMKitApp.secret_origins.",
+            )
+
     def resolve(
         self,
         api_key: JsonValue,

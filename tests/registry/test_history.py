@@ -455,6 +455,20 @@ async def test_a_folder_that_cannot_be_used_stops_nothing_and_is_tried_again(
     assert "\n" not in caplog.messages[0]
 
 
+async def test_a_file_of_the_first_version_keeps_its_records(tmp_path: Path) -> None:
+    async with opened(tmp_path) as history:
+        history.add(record(0))
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as connection:
+        connection.execute("DROP INDEX requests_of_user")
+        connection.execute("ALTER TABLE requests DROP COLUMN user")
+        connection.execute("PRAGMA user_version = 1")
+    async with opened(tmp_path) as history:
+        history.add(record(1, user="ada"))
+        assert await ids(history) == [1, 0]
+        assert [one.request_id for one in await history.recent(10, user="ada")] == ["1"]
+        assert history.problems() == []
+
+
 async def test_a_file_of_a_newer_version_is_left_as_it_is(tmp_path: Path) -> None:
     async with opened(tmp_path) as history:
         history.add(record(0))

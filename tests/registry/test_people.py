@@ -1,0 +1,183 @@
+"""Many people at one registry, without a server: whose a load is, what a batch keeps, and what a request costs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from mock_upstream import USAGE, MockUpstream
+from registry_stage import RegistryStage, ask, configure
+
+from llmkit.errors import BudgetExhausted, LLMKitError, ModelNotLoaded, NoRoom, NotAllowed, RequestCancelled
+from llmkit.registry import policies
+from llmkit.registry.budgets import most_tokens
+from llmkit.registry.people import Person
+from llmkit.registry.registry import ModelRegistry
+from llmkit.schemas import UsageOfDay
+
+ADA, BEN, GRACE = Person("ada"), Person("ben"), Person("grace", administers=True)
+
+
+@pytest.fixture
+def upstream() -> Iterator[MockUpstream]:
+    with MockUpstream() as running:
+        yield running
+
+
+@pytest.fixture
+def stage(tmp_path: Path, upstream: MockUpstream) -> RegistryStage:
+    return RegistryStage(tmp_path, upstream)
+
+
+async def usage(registry: ModelRegistry, by: Person) -> UsageOfDay | None:
+    told = (await registry.usage(by)).usage
+    return next((one for one in told if one.user == by.name), None)
+
+
+# -- whose it is ----------------------------------------------------------------------------------------------
+
+
+async def test_where_nobody_is_told_apart_everybody_may(stage: RegistryStage) -> None:
+    async with stage.registry() as registry:
+        config_id = await configure(registry, "a")
+        await registry.load(config_id, force=True)
+        assert registry.model("a").loaded_by is None
+        await registry.unload("a")
+        await registry.delete(config_id)
+
+
+async def test_a_load_that_waits_for_an_unload_is_that_of_who_asked_for_it(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True) as registry:
+        config_id = await configure(registry, "a")
+        await registry.load(config_id, by=ADA)
+        unloading = asyncio.create_task(registry.unload("a", by=ADA))
+        await asyncio.sleep(0)  # its first step
+        assert registry.model("a").status == "unloading"
+        await registry.load(config_id, by=BEN)
+        await unloading
+        assert (registry.model("a").status, registry.model("a").loaded_by) == ("loaded", "ben")
+        with pytest.raises(NotAllowed, match="that of ben"):
+            await registry.unload("a", by=ADA)
+        # Nobody has configured it as one of many people: that is the administrators' alone.
+        with pytest.raises(NotAllowed, match="administrators"):
+            await registry.delete(config_id, unload=True, by=BEN)
+        await registry.delete(config_id, unload=True, by=GRACE)
+
+
+async def test_what_a_request_has_loaded_is_not_the_asking_ones(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True) as registry:
+        await configure(registry, "a", auto_load=True)
+        await registry.requests.infer(ask("a"), by=ADA)
+        assert registry.model("a").loaded_by is None
+        with pytest.raises(NotAllowed):
+            await registry.unload("a", by=ADA)
+
+
+async def test_a_batch_of_somebody_keeps_its_model_between_two_requests(
+    stage: RegistryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage.registry(shared=True, max_loaded_models=1) as registry:
+        first, second = await configure(registry, "a"), await configure(registry, "b")
+        await registry.load(first, by=ADA)
+        await registry.requests.infer(ask("a"), priority="batch", by=ADA)
+        with pytest.raises(NoRoom, match=r"`a`.*\(busy\)"):
+            await registry.load(second, by=BEN)
+        with pytest.raises(NotAllowed):
+            await registry.load(second, force=True, by=BEN)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + policies.LEASE_SECONDS + 1)
+        await registry.load(second, by=BEN)
+        assert registry.loaded_models() == ["b"]
+
+
+# -- what a request costs -------------------------------------------------------------------------------------
+
+
+async def test_an_answer_costs_what_the_engine_counted(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 2000}) as registry:
+        await registry.load(await configure(registry, "a"))
+        await registry.requests.infer(ask("a", max_tokens=50), by=ADA)
+        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
+        await registry.requests.relay("chat/completions", body, _no_stream, by=ADA)
+        told = await usage(registry, ADA)
+        assert told is not None
+        assert (told.requests, told.tokens) == (2, 2 * USAGE["total_tokens"])
+        assert (await registry.usage(ADA)).left == {"tokens_per_day": 2000 - 2 * USAGE["total_tokens"]}
+
+
+async def _no_stream(*_: Any, **__: Any) -> None:
+    raise AssertionError("no stream was asked for")
+
+
+async def test_what_never_reaches_an_engine_costs_nothing(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True, user_limits={"requests_per_day": 1}) as registry:
+        config_id = await configure(registry, "a")
+        with pytest.raises(ModelNotLoaded):
+            await registry.requests.infer(ask("a"), by=ADA)
+        await registry.load(config_id)
+        await registry.requests.infer(ask("a"), by=ADA)
+        with pytest.raises(BudgetExhausted):
+            await registry.requests.infer(ask("a"), by=ADA)
+        await registry.requests.infer(ask("a"), by=BEN)
+        recent = (await registry.requests.overview(10, by=ADA)).recent
+        assert [(one.outcome, one.error) for one in recent] == [
+            ("rejected", "budget_exhausted"),
+            ("ok", None),
+            ("refused", "model_not_loaded"),
+        ]
+
+
+async def test_what_the_engine_refuses_costs_a_request_and_no_tokens(
+    stage: RegistryStage, upstream: MockUpstream
+) -> None:
+    async def refuse(*_: Any) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "no"}}, status=400)
+
+    async with stage.registry(shared=True) as registry:
+        await registry.load(await configure(registry, "a"))
+        upstream.respond = refuse
+        with pytest.raises(LLMKitError):
+            await registry.requests.infer(ask("a"), by=ADA)
+        told = await usage(registry, ADA)
+        assert told is not None
+        assert (told.requests, told.tokens) == (1, 0)
+
+
+async def test_what_is_cancelled_half_way_costs_what_was_reserved(stage: RegistryStage, upstream: MockUpstream) -> None:
+    async with stage.registry(shared=True) as registry:
+        await registry.load(await configure(registry, "a"))
+        upstream.never_end("word ", 0.01)
+        sent = asyncio.Event()
+
+        async def send(*_: Any) -> None:
+            sent.set()
+
+        asking = asyncio.create_task(
+            registry.requests.infer(ask("a", max_tokens=30, request_id="r", stream=True), send, by=ADA)
+        )
+        await sent.wait()
+        registry.requests.cancel("r", by=ADA)
+        with pytest.raises(RequestCancelled):
+            await asking
+        told = await usage(registry, ADA)
+        assert told is not None
+        assert told.tokens == most_tokens({"prompt": "Hi", "max_tokens": 30, "request_id": "r"})
+
+
+async def test_a_request_that_is_cancelled_before_it_is_charged_says_so(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True, user_limits={"requests_per_day": 5}) as registry:
+        await registry.load(await configure(registry, "a"))
+        asking = asyncio.create_task(
+            registry.requests.infer(
+                ask("a", request_id="r"), by=ADA, known=lambda _: registry.requests.cancel("r", by=ADA)
+            )
+        )
+        with pytest.raises(RequestCancelled):
+            await asking
+        assert (await registry.usage(ADA)).left == {"requests_per_day": 5}
+        assert await usage(registry, ADA) is None
