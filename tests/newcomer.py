@@ -46,7 +46,7 @@ def two_commands(address: str) -> str:
 
 
 def newcomer() -> tuple[pwd.struct_passwd, str]:
-    """Give who does it, and the PATH they have: somebody else, if we are root and they can run a Python that will do."""
+    """Give who does it, and their PATH: somebody else, if we are root and they can run a Python that will do."""
     us = pwd.getpwuid(os.getuid())
     ours = f"{Path(sys._base_executable).parent}:{SYSTEM_PATH}"  # type: ignore[attr-defined]
     if os.getuid() != 0:

@@ -197,7 +197,20 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_make_lists_its_targets() -> None:
     listed = re.findall(r"^  make (\S+)", make("help").stdout, re.MULTILINE)
-    assert listed == ["help", "setup", "lab", "demo", "newcomer", "test", "test-fast", "bench", "soak", "long-run", "lint", "clean"]
+    assert listed == [
+        "help",
+        "setup",
+        "lab",
+        "demo",
+        "newcomer",
+        "test",
+        "test-fast",
+        "bench",
+        "soak",
+        "long-run",
+        "lint",
+        "clean",
+    ]
 
 
 def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
