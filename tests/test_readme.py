@@ -330,7 +330,7 @@ def test_every_page_does_what_it_says_from_top_to_bottom(documented: JupyterServ
         assert got in listed
         assert models == ["demo", "capitals"]
         assert unloaded["freed"]["verified"]
-        assert "message" in deleted
+        assert deleted["detail"] == "Configuration deleted successfully"
         timed("curl", began)
 
         began = time.monotonic()
