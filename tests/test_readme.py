@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -20,12 +19,14 @@ from typing import Any, NamedTuple, get_args
 
 import httpx
 import pytest
+from bare_environment import BareEnvironment, published
 from fake_hub import FakeHub
 from kernels import ServerKernel
 from mock_upstream import MockUpstream
 from support import ANSWER, LOAD_SECONDS, REPOSITORY, STOP_SECONDS, JupyterServer, own_environment, wait_until
 from test_docs import parse, tokens
 from traitlets import Undefined
+from traitlets.config import Config
 
 import llmkit
 from jupyter_server_ext.app import LLMKitApp
@@ -168,43 +169,16 @@ def end(shell: subprocess.Popen[bytes]) -> None:
         shell.communicate()
 
 
-def published(folder: Path) -> Path:
-    """Give a repository, `llmkit`, of what lies here, whether it is a clone or what was unpacked."""
-    place = folder / "published" / "llmkit"
-    ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist", "build", ".hypothesis")
-    shutil.copytree(REPOSITORY, place, ignore=ignored)
-    git = ["git", "-C", str(place), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for words in (["init", "-q"], ["add", "--all"], ["commit", "-qm", "all"]):
-        subprocess.run([*git, *words], check=True, capture_output=True)
-    return place
-
-
 def test_the_commands_for_an_environment_of_ones_own_start_a_server_with_llmkit(tmp_path: Path) -> None:
-    environment, home = tmp_path / "venv", tmp_path / "home"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    there = Path(sys.prefix)
-    packages = next((there / "lib").glob("python*/site-packages"))
-    # Nothing is downloaded: what llmkit needs is there already, llmkit is not.
-    for program in ("pip", "jupyter", "jupyter-lab"):
-        script = (there / "bin" / program).read_text().split("\n", 1)[1]
-        (environment / "bin" / program).write_text(f"#!{environment}/bin/python\n{script}")
-        (environment / "bin" / program).chmod(0o755)
-    work = published(tmp_path)
+    environment, home = BareEnvironment(tmp_path / "venv"), tmp_path / "home"
     shell = subprocess.Popen(
         ["bash", "-ec", INSTALL.text],
-        cwd=work,
+        cwd=published(tmp_path),
         env={
-            **own_environment(),
+            **environment.environ(),
             "HOME": str(home),
-            "PATH": f"{environment}/bin:{os.environ['PATH']}",
-            "PYTHONPATH": str(packages),
             "LLMKIT_RUN_DIR": os.environ["LLMKIT_RUN_DIR"],
             "JUPYTER_TOKEN": "t",
-            "PIP_NO_INDEX": "1",
-            "PIP_NO_DEPS": "1",
-            "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say that there is to be none
-            "PIP_IGNORE_INSTALLED": "1",
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "JUPYTER_CONFIG_DIR": str(config_of_a_test(tmp_path)),
         },
         stdout=subprocess.PIPE,
@@ -222,14 +196,7 @@ def test_the_commands_for_an_environment_of_ones_own_start_a_server_with_llmkit(
         told = json.loads(wait_until(look, "a server", 90)[0].read_text())
         with httpx.Client(base_url=told["url"], params={"token": "t"}, trust_env=False) as http:
             wait_until(lambda: answers(http, "llm/health"), "a server with llmkit", 60)
-        module = subprocess.run(
-            [str(environment / "bin" / "python"), "-c", "import llmkit; print(llmkit.__file__)"],
-            cwd="/",
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        assert module.stdout.startswith(str(environment))
+        assert environment.where("llmkit").is_relative_to(environment.folder)
     finally:
         end(shell)
 
@@ -372,19 +339,21 @@ def assert_says(answer: Any, written: Any) -> None:
         assert re.fullmatch(".+".join(map(re.escape, str(written).split("..."))), str(answer)), (answer, written)
 
 
-def test_the_settings_of_an_operator_are_obeyed(tmp_path: Path) -> None:
-    # Keys of ours must not be there, or a real OpenAI would be asked.
-    state = tmp_path / "state"
-    made = JupyterServer("llmkit", state_dir=state, env={"OPENAI_API_KEY": "sk-of-the-server", "MY_TOKEN": "x"})
-    (made.folder / "config" / "jupyter_llmkit_config.py").write_text("\n".join(one.text for one in SETTINGS))
-    with made as server:
+def test_the_settings_of_an_operator_are_obeyed() -> None:
+    text = "\n".join(one.text for one in SETTINGS)
+    config = Config()
+    exec(text, {"c": config})  # noqa: S102  # as Jupyter reads it
+    taken = LLMKitApp(config=config)
+    for name, value in config.LLMKitApp.items():
+        assert getattr(taken, name) == value
+    server = JupyterServer("llmkit", env={"OPENAI_API_KEY": "sk-of-the-server"})
+    (server.folder / "config" / "jupyter_llmkit_config.py").write_text(text)
+    with server:
         [declared] = server.request("GET", "llm/configurations/").json()
         assert (declared["model_id"], declared["declared"]) == ("demo", True)
-        refused = server.request(
-            "POST", "llm/configure_model/", json={"model_id": "a", "model_name": "gpt-4o", "model_type": "openai"}
-        )
         # The token belongs to nobody whom the settings name as an operator.
-        assert refused.status_code == 403
+        body = {"model_id": "a", "model_name": "gpt-4o", "model_type": "openai"}
+        assert server.request("POST", "llm/configure_model/", json=body).status_code == 403
 
 
 # -- what is said ------------------------------------------------------------------------------------------
