@@ -42,7 +42,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kep
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 SPEC = (REPOSITORY / "tests" / "data" / "llm_api.md").read_text(encoding="utf-8")
 DOCUMENTED_ORIGIN = "http://127.0.0.1:8105/"
-SHELL_SECONDS = 120
 
 
 class Block(NamedTuple):
