@@ -15,7 +15,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # Jupyter refuses to run as root unless it is told that this is meant.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab demo test test-fast test-ray bench soak long-run lint clean
+.PHONY: help setup lab demo newcomer test test-fast test-ray bench soak long-run lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lab: $(READY)  ## JupyterLab on port 8105 with the quickstart notebook
 
 demo: $(READY)  ## the quickstart's work without a browser: question, answer, seconds of each step
 	@$(BIN)/python -m llmkit.demo $(ARGS)
+
+newcomer: $(READY)  ## the first minutes of somebody new: clone, `make lab`, first answer, seconds of each step
+	@$(BIN)/python tests/newcomer.py
 
 test: $(READY)  ## every test, in tiers; installs Chromium and JupyterHub's proxy where that is allowed
 	@$(BIN)/python tests/tiers.py $(ARGS)

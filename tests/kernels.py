@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import ssl
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import websocket
@@ -75,21 +76,27 @@ class ServerKernel:
 
     def run(self, code: str) -> str:
         """Run a cell; give what it printed, and its error if it ended with one."""
+        said = ""
+        for kind, content in self.messages(code):
+            if kind == "stream":
+                said += content["text"]
+            elif kind == "error":
+                said += f"{content['ename']}: {content['evalue']}"
+        return said.strip()
+
+    def messages(self, code: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Run a cell; give the type and content of every message about it, until it is done."""
         assert self._socket is not None
         request = uuid.uuid4().hex
         content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False, "stop_on_error": True}
         header = {"msg_id": request, "msg_type": "execute_request", "session": "test", "username": "", "version": "5.3"}
         message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
         self._socket.send(json.dumps(message))
-        said = ""
         while True:
             told = json.loads(self._socket.recv())
             if told["parent_header"].get("msg_id") != request:
                 continue
             kind, content = told["header"]["msg_type"], told["content"]
-            if kind == "stream":
-                said += content["text"]
-            elif kind == "error":
-                said += f"{content['ename']}: {content['evalue']}"
-            elif kind == "status" and content["execution_state"] == "idle":
-                return said.strip()
+            yield kind, content
+            if kind == "status" and content["execution_state"] == "idle":
+                return

@@ -170,6 +170,8 @@ class JupyterServer:
         As the trait of `LLMKitApp`; off, so that tests do not import vLLM beside each other.
     python
         Of the environment that it runs in; by default that of the tests.
+    prefix
+        What is put before its command, and becomes the command.
 
     Attributes
     ----------
@@ -194,8 +196,10 @@ class JupyterServer:
         certificate: Path | None = None,
         standby: Literal["auto", "on", "off"] = "off",
         python: Path = Path(sys.executable),
+        prefix: Sequence[str] = (),
     ) -> None:
         self.app = app
+        self.prefix = prefix
         self.python = python
         self.standby = standby
         self.port = port
@@ -249,6 +253,7 @@ class JupyterServer:
     def start(self) -> Self:
         """Start it, and return when it answers."""
         command = [
+            *self.prefix,
             str(self.python.parent / f"jupyter-{self.app}"),
             "--ip=127.0.0.1",
             f"--port={self.port}",

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from support import REPOSITORY
 
-ROOMS = ("llmkit", "jupyter_server_ext", "tests", "notebooks", "binder", ".ci")
+ROOMS = ("llmkit", "jupyter_server_ext", "tests", "notebooks", "binder", "docs", ".ci")
 PLACE = re.compile(rf"(?:{'|'.join(map(re.escape, ROOMS))})/[\w./*-]*|[A-Z]+\.md|Makefile|pyproject\.toml")
 NOT_MADE_YET = ("tests/reliability/results", "tests/browser/screenshots")
 """Folders that a command makes."""

