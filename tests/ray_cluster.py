@@ -78,12 +78,13 @@ def kill(node: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    # Blocked in every thread from here on, so that they wait until they are asked for.
-    asked = [signal.SIGUSR1, signal.SIGUSR2]
+    # Handled, not blocked and waited for: Ray changes what is blocked.
+    asked: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda which, _: asked.append(which))
     gcs, dashboard, port = free_port(), free_port(), free_port()
     address = f"127.0.0.1:{gcs}"
     start_node("--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
     ray.init(address, log_to_driver=False)
     other = add_node(address)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
@@ -92,7 +93,9 @@ def main() -> None:
     ready.write_text(json.dumps({"pid": os.getpid(), "address": address, "http": f"http://127.0.0.1:{port}"}))
     ready.rename(folder / "cluster.json")
     while True:
-        if signal.sigwait(asked) == signal.SIGUSR2:
+        if not asked:
+            time.sleep(0.1)
+        elif asked.pop(0) == signal.SIGUSR2:
             other = add_node(address)
         else:
             kill(other)
