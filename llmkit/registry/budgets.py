@@ -333,7 +333,7 @@ def _in_words(seconds: float) -> str:
     if seconds < 2 * MINUTE:
         return f"{seconds:.0f} s"
     minutes = round(seconds / MINUTE)
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 # -- what a request can take -----------------------------------------------------------------------------------
