@@ -231,6 +231,7 @@ def test_usage_is_kept_by_name(teacher: Client, student: Client, model: str) -> 
     student.prompt(model, "Hello")
     before = tokens(student)
     assert before.keys() == {"sam"}
+    teacher.prompt(model, "Hello")
     student.prompt(model, "Hello")
     assert tokens(student)["sam"] - before["sam"] == USAGE["total_tokens"]
     assert tokens(teacher).keys() > {"sam"}
