@@ -143,6 +143,25 @@ def test_a_stream_comes_through_while_it_goes_on(student: Client, model: str, up
         upstream.respond = None
 
 
+def test_who_waits_is_told_where_through_the_proxy(teacher: Client, student: Client, upstream: MockUpstream) -> None:
+    kwargs = {"base_url": upstream.base_url, "api_key": "env:CLASS_API_KEY"}
+    teacher.configure("one", "gpt-3", "openai", kwargs, max_in_flight=1)
+    teacher.load("one", progress=False)
+    upstream.never_end("word ", 0.2)
+    body = {"model_id": "one", "prompt": "Hello", "inference_kwargs": {"stream": True}}
+    try:
+        with teacher.stream("one", "Hello") as theirs:
+            assert next(theirs) == "word "
+            with student.connection.stream("POST", "llm/inference/", json=body, seconds=START_SECONDS) as waiting:
+                lines = waiting.iter_lines()
+                assert next(lines) == ": queued, position 1"  # the proxy does not keep it back
+                theirs.close()
+                assert json.loads(next(line for line in lines if line.startswith("data:"))[5:])["delta"] == "word "
+    finally:
+        upstream.respond = None
+        teacher.delete("one", unload=True)
+
+
 # -- whose it is ----------------------------------------------------------------------------------------------
 
 
