@@ -250,7 +250,7 @@ class Budgets:
                 wait = window.wait(now, **{what: used + more - limit})
                 raise BudgetExhausted(
                     f"Of your {limit} {what} a {span} {max(0, limit - used)} are left, and this could take {more}.",
-                    hint=f"Ask again in {wait:.0f} s"
+                    hint=f"Ask again in {_in_words(wait)}"
                     + (", or for less: a smaller max_tokens." if what == "tokens" else "."),
                     details={"limit": limit, "used": used, "per": span, "retry_after": wait},
                 )
@@ -336,6 +336,13 @@ class Budgets:
                 if (limit := self.limits.get(f"{what}_per_{span}")) is not None:
                     left[f"{what}_per_{span}"] = max(0, limit - used)
         return left
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 2 * MINUTE:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / MINUTE)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 # -- what a request can take -----------------------------------------------------------------------------------

@@ -69,6 +69,29 @@ async def test_a_load_that_waits_for_an_unload_is_that_of_who_asked_for_it(stage
         await registry.delete(config_id, unload=True, by=GRACE)
 
 
+async def test_everybody_is_told_what_would_be_refused_to_them_in_the_words_of_the_refusal(
+    stage: RegistryStage,
+) -> None:
+    async with stage.registry(shared=True) as registry:
+        config_id = await configure(registry, "a")
+        await registry.load(config_id, by=ADA)
+        assert registry.model("a", GRACE).refuses == {}
+        assert registry.model("a").refuses is None
+        ada, ben = registry.model("a", ADA).refuses, registry.model("a", BEN).refuses
+        assert ada is not None
+        assert ada.keys() == {"update", "delete"}  # it was there before the server was shared, but the load is hers
+        assert ben is not None
+        assert ben.keys() == {"unload", "update", "delete"}
+        with pytest.raises(NotAllowed) as refused:
+            await registry.unload("a", by=BEN)
+        assert ben["unload"] == str(refused.value)
+        with pytest.raises(NotAllowed) as refused:
+            await registry.delete(config_id, by=BEN)
+        assert ben["delete"] == str(refused.value)
+        (told,) = registry.snapshot(BEN).models
+        assert told.refuses == ben
+
+
 async def test_what_a_request_has_loaded_is_not_the_asking_ones(stage: RegistryStage) -> None:
     async with stage.registry(shared=True) as registry:
         await configure(registry, "a", auto_load=True)
