@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Final
 
 from llmkit.errors import LLMKitError, QueueFull
@@ -22,13 +22,10 @@ _WEIGHT: Final = 0.1
 
 
 class Admission:
-    """A bounded queue in two classes: what is interactive goes before what is batch.
-
-    In a class it goes in the order of arrival; where many people share a server, they take turns.
+    """A bounded queue in two classes: what is interactive goes before what is batch, each in the order of arrival.
 
     A batch leaves some places free, so that a person need not wait for the end of one of its requests, and when the
-    queue is full the last request of a batch in it makes room for a person's. One of many people cannot fill it alone:
-    the last of whoever has most in a full queue makes room for those who have less.
+    queue is full the last request of a batch in it makes room for a person's.
 
     Parameters
     ----------
@@ -44,9 +41,9 @@ class Admission:
         self.max_queued = max_queued
         self.in_flight = 0
         self._batch_in_flight = 0
-        self._waiting: dict[Priority, _Line] = {"interactive": _Line(), "batch": _Line()}
+        self._waiting: dict[Priority, deque[Slot]] = {"interactive": deque(), "batch": deque()}
         # Those that wait for something else before, such as a load, are in a queue of their own.
-        self._before: dict[Priority, _Line] = {"interactive": _Line(), "batch": _Line()}
+        self._before: dict[Priority, deque[Slot]] = {"interactive": deque(), "batch": deque()}
         self._mean_seconds = 1.0
 
     @property
@@ -63,7 +60,7 @@ class Admission:
         """End every wait with an error."""
         for waiting in self._waiting.values():
             while waiting:
-                waiting.take().reject(error)
+                waiting.popleft().reject(error)
 
     async def enter(self, slot: Slot) -> None:
         """Give a slot a place, after waiting for it.
@@ -75,13 +72,13 @@ class Admission:
         """
         priority = slot.priority
         if slot.first is not None:
-            self._check_room(slot, self.max_in_flight - self.in_flight)
+            self._check_room(priority, self.max_in_flight - self.in_flight)
             await self._wait_before(slot, slot.first)
         if self._has_place(priority) and not self._waiting[priority]:
             self._take(priority)
         else:
             if slot.first is None:
-                self._check_room(slot)
+                self._check_room(priority)
             await self._wait(slot)
         slot.started = time.monotonic()
 
@@ -94,7 +91,7 @@ class Admission:
         """Wait for something else than a place; a person's request can put an end to it, as to any wait of a batch."""
         waiting = self._before[slot.priority]
         slot.place = asyncio.get_running_loop().create_future()
-        waiting.add(slot)
+        waiting.append(slot)
         task = asyncio.create_task(first())
         try:
             await asyncio.wait([task, slot.place], return_when=asyncio.FIRST_COMPLETED)
@@ -106,12 +103,13 @@ class Admission:
                 task.cancel()
             elif not task.cancelled():
                 task.exception()  # perhaps nobody else has looked at it
-            waiting.remove(slot)
+            with contextlib.suppress(ValueError):  # it may have been taken out already
+                waiting.remove(slot)
 
     async def _wait(self, slot: Slot) -> None:
         waiting = self._waiting[slot.priority]
         slot.place = asyncio.get_running_loop().create_future()
-        waiting.add(slot)
+        waiting.append(slot)
         try:
             await slot.place
         except asyncio.CancelledError:
@@ -119,7 +117,8 @@ class Admission:
                 # Admitted and cancelled in the same turn of the loop: hand the place on.
                 self._give_back(slot.priority)
             else:
-                waiting.remove(slot)
+                with contextlib.suppress(ValueError):  # it may have been passed over already
+                    waiting.remove(slot)
             raise
 
     def _has_place(self, priority: Priority) -> bool:
@@ -139,22 +138,18 @@ class Admission:
         self._batch_in_flight -= priority == "batch"
         for following, waiting in self._waiting.items():
             while waiting and self._has_place(following):
-                place = waiting.take().place
+                place = waiting.popleft().place
                 if place is not None and not place.done():
                     self._take(following)
                     place.set_result(None)
 
-    def _check_room(self, slot: Slot, places: int = 0) -> None:
-        """Raise `QueueFull` if no more may wait, and nobody makes room: a batch, or whoever has most."""
+    def _check_room(self, priority: Priority, places: int = 0) -> None:
+        """Raise `QueueFull` if no more may wait; a batch's last request in the queue makes room for a person's."""
         if self.queued < self.max_queued + max(places, 0):
             return
         batch = self._waiting["batch"] or self._before["batch"]
-        if slot.priority == "interactive" and batch:
-            batch.take_last().reject(self._full())
-            return
-        line = self._waiting[slot.priority]
-        if line.has_more_than(slot.user):
-            line.take_last().reject(self._full())
+        if priority == "interactive" and batch:
+            batch.pop().reject(self._full())
             return
         raise self._full()
 
@@ -183,15 +178,12 @@ class Slot:
         The class of the request.
     owner
         What `Admission.positions` names it by.
-    user
-        Whose it is; None on a server that tells no people apart.
     first
         Something to wait for before, such as a load; who waits for that counts as waiting.
     """
 
     priority: Priority = "interactive"
     owner: Any = None
-    user: str | None = None
     first: Callable[[], Coroutine[Any, Any, None]] | None = None
     place: asyncio.Future[None] | None = None
     started: float = 0.0
@@ -200,53 +192,3 @@ class Slot:
         """End the wait with an error."""
         if self.place is not None and not self.place.done():
             self.place.set_exception(error)
-
-
-class _Line:
-    """Slots that wait: each person's in the order of arrival, and people by turns."""
-
-    def __init__(self) -> None:
-        self._of: dict[str | None, deque[Slot]] = {}  # whose turn is next comes first
-
-    def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
-
-    def __bool__(self) -> bool:
-        return bool(self._of)
-
-    def __iter__(self) -> Iterator[Slot]:
-        rounds = zip_longest(*self._of.values())
-        return (slot for one in rounds for slot in one if slot is not None)
-
-    def add(self, slot: Slot) -> None:
-        self._of.setdefault(slot.user, deque()).append(slot)
-
-    def take(self) -> Slot:
-        """Take who is next."""
-        user = next(iter(self._of))
-        own = self._of.pop(user)
-        slot = own.popleft()
-        if own:
-            self._of[user] = own  # behind the others
-        return slot
-
-    def has_more_than(self, user: str | None) -> bool:
-        """Say whether somebody has so many more than this user that giving one away is fair."""
-        return len(self._longest()) > len(self._of.get(user, ())) + 1
-
-    def take_last(self) -> Slot:
-        """Take the last one of whoever has most."""
-        slot = self._longest()[-1]
-        self.remove(slot)
-        return slot
-
-    def remove(self, slot: Slot) -> None:
-        """Take a slot out; nothing happens if it was taken already."""
-        own = self._of.get(slot.user)
-        if own is not None and slot in own:
-            own.remove(slot)
-            if not own:
-                del self._of[slot.user]
-
-    def _longest(self) -> deque[Slot]:
-        return max(reversed(self._of.values()), key=len, default=deque())

@@ -15,14 +15,10 @@ from llmkit.schemas import Priority
 
 @contextlib.asynccontextmanager
 async def held(
-    admission: Admission,
-    priority: Priority = "interactive",
-    owner: object = None,
-    first: Any = None,
-    user: str | None = None,
+    admission: Admission, priority: Priority = "interactive", owner: object = None, first: Any = None
 ) -> AsyncIterator[None]:
     """Hold a place."""
-    slot = Slot(priority, owner, user, first)
+    slot = Slot(priority, owner, first)
     await admission.enter(slot)
     try:
         yield
@@ -50,7 +46,7 @@ async def test_cancelling_at_any_moment_gives_every_place_back() -> None:
     admission = Admission("m", 3, 50)
 
     async def request() -> None:
-        async with held(admission, chance.choice(["interactive", "batch"]), user=chance.choice([None, "ada", "ben"])):
+        async with held(admission, chance.choice(["interactive", "batch"])):
             await asyncio.sleep(chance.random() / 500)
 
     tasks = []
@@ -223,52 +219,3 @@ async def test_a_person_takes_the_place_of_a_batch_that_waits_for_a_load() -> No
     loaded.set()
     assert await asyncio.gather(*people) == ["interactive"] * 2
     assert (admission.in_flight, admission.queued) == (0, 0)
-
-
-class _People:
-    """Requests of people in one queue, which all run until `stop` is set; each is named as ``ada1``."""
-
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
-        self.order: list[str] = []
-        self.stop = asyncio.Event()
-        self.tasks: dict[str, asyncio.Task[None]] = {}
-
-    async def ask(self, *names: str, priority: Priority = "interactive") -> None:
-        for name in names:
-            self.tasks[name] = asyncio.create_task(self._hold(name, priority))
-            await asyncio.sleep(0)
-
-    async def _hold(self, name: str, priority: Priority) -> None:
-        async with held(self.admission, priority, name, user=name.rstrip("0123456789")):
-            self.order.append(name)
-            await self.stop.wait()
-
-    async def finish(self) -> None:
-        self.stop.set()
-        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-        assert (self.admission.in_flight, self.admission.queued) == (0, 0)
-
-
-async def test_people_take_turns_and_positions_say_so() -> None:
-    people = _People(Admission("m", 1, 100))
-    await people.ask("ada0", "ada1", "ada2", "ada3", "ben1", "ben2", "cleo1")
-    await people.ask("dan1", priority="batch")
-    turns = ["ada1", "ben1", "cleo1", "ada2", "ben2", "ada3", "dan1"]
-    assert people.admission.positions() == {name: number for number, name in enumerate(turns, 1)}
-    people.tasks["ben1"].cancel()
-    await people.finish()
-    assert people.order == ["ada0", "ada1", "ben2", "cleo1", "ada2", "ada3", "dan1"]
-
-
-async def test_who_has_most_in_a_full_queue_makes_room_for_those_who_have_less() -> None:
-    people = _People(Admission("m", 1, 4))
-    await people.ask("ada0", "ada1", "ada2", "ada3", "ada4")
-    await people.ask("ada5")  # their own do not push each other out
-    await people.ask("ben1", "ben2", "ben3")
-    full = {name for name, task in people.tasks.items() if task.done() and isinstance(task.exception(), QueueFull)}
-    assert full == {"ada5", "ada4", "ada3", "ben3"}
-    await people.ask("cleo1", "dan1", "eva1")
-    assert set(people.admission.positions()) == {"ada1", "ben1", "cleo1", "dan1"}
-    assert isinstance(people.tasks["eva1"].exception(), QueueFull)
-    await people.finish()
