@@ -12,18 +12,14 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pydantic import JsonValue
-
-from llmkit.engines.base import does_not_fit
 from llmkit.errors import BudgetExhausted, LLMKitError, NotReady
-from llmkit.inference.openai_api import with_defaults
 from llmkit.registry.database import Database, Schema
 from llmkit.schemas import UsageOfDay
 
@@ -32,7 +28,7 @@ DAY: Final = 86_400.0
 KEPT_DAYS: Final = 400
 """So long the usage of a day can be read: a school year."""
 RESERVED_TOKENS: Final = 1024
-"""For an answer whose length nobody bounds; where tokens are limited, it is bounded so."""
+"""For an answer whose length nobody bounds."""
 LIMITS: Final = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day")
 _ERRORS = (LLMKitError, OSError, sqlite3.Error)
 T = TypeVar("T")
@@ -139,11 +135,6 @@ class Budgets:
         self._last = 0
         self._failure: str | None = None
         self._closed = False
-
-    @property
-    def bounds_answers(self) -> bool:
-        """Whether tokens are limited, so that no answer may be without an end."""
-        return any(name.startswith("tokens") for name in self.limits)
 
     async def _on_disk(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
@@ -353,60 +344,7 @@ _OF_MESSAGE: Final = 16
 _OF_IMAGE: Final = 4096
 
 
-def with_an_end(asked: dict[str, Any], at: str = "") -> dict[str, Any]:
-    """Give a request in which whatever bounds the answer is a number: null is as if it was not there.
-
-    Engines read null, -1 or true in their own ways; some as an answer without an end, which nobody can reserve.
-
-    Parameters
-    ----------
-    asked
-        The request, as in OpenAI's API or as ``inference_kwargs``.
-    at
-        The path to it, for the error.
-
-    Raises
-    ------
-    DoesNotFit
-        If a bound is something else.
-
-    Examples
-    --------
-    >>> with_an_end({"prompt": "Hello", "max_tokens": None})
-    {'prompt': 'Hello'}
-    """
-    given = {name: asked[name] for name in _MOST_OF_ANSWER if asked.get(name) is not None}
-    wrong = [
-        {"path": f"{at}.{name}" if at else name, "message": "must be a number of tokens, 0 or more"}
-        for name, value in given.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0
-    ]
-    if wrong:
-        raise does_not_fit(wrong, hint="On this server everybody has so many tokens; say how long the answer may be.")
-    return {name: value for name, value in asked.items() if name not in _MOST_OF_ANSWER or name in given}
-
-
-def longest_answer(generation: Mapping[str, Any]) -> int | None:
-    """Give the tokens that the generation parameters of a configuration allow an answer; None if they bound nothing."""
-    found = [generation[name] for name in _MOST_OF_ANSWER if isinstance(generation.get(name), int)]
-    return max(found, default=None)
-
-
-def bounded(generation: Mapping[str, JsonValue], most: int) -> Mapping[str, JsonValue]:
-    """Give the generation parameters of a configuration so that an answer has at most so many tokens.
-
-    Examples
-    --------
-    >>> bounded({"temperature": 0, "max_tokens": 4000}, 1024)
-    {'temperature': 0, 'max_tokens': 1024}
-    >>> bounded({"max_completion_tokens": 50}, 1024)
-    {'max_completion_tokens': 50}
-    """
-    own = longest_answer(generation)
-    return generation if own is not None and own <= most else with_defaults(generation, {"max_tokens": most})
-
-
-def most_tokens(asked: dict[str, Any], default_answer: int = RESERVED_TOKENS) -> int:
+def most_tokens(asked: dict[str, Any], default_answer: int | None = None) -> int:
     """Give what a request can take: no text has more tokens than bytes, and the answer no more than it is allowed.
 
     Parameters
@@ -414,25 +352,18 @@ def most_tokens(asked: dict[str, Any], default_answer: int = RESERVED_TOKENS) ->
     asked
         The request, as in OpenAI's API or as ``inference_kwargs`` with the prompt.
     default_answer
-        What an answer may have, where the request does not bound it.
+        Of the configuration, where the request bounds its answer by nothing; `RESERVED_TOKENS` if it is None.
 
     Examples
     --------
     >>> most_tokens({"prompt": "Hello", "max_tokens": 50})
     71
     """
-    # Engines differ in which one they obey, if there are two.
-    answer: int = max(
-        (asked[name] for name in _MOST_OF_ANSWER if isinstance(asked.get(name), int)), default=default_answer
-    )
-    each: int = max((asked[name] for name in ("n", "best_of") if isinstance(asked.get(name), int)), default=1)
+    answer = next((asked[name] for name in _MOST_OF_ANSWER if isinstance(asked.get(name), int)), default_answer)
+    answers = asked.get("n")
+    many = answers if isinstance(answers, int) and answers > 1 else 1
     texts = sum(_sizes(value) for name, value in asked.items() if name not in ("model", "stop"))
-    return texts + _OF_MESSAGE + _prompts(asked.get("prompt")) * max(1, each) * max(0, answer)
-
-
-def _prompts(prompt: Any) -> int:
-    """Count the prompts of a request: each of a list has answers of its own, but a list of tokens is one prompt."""
-    return max(1, sum(not isinstance(one, int) for one in prompt)) if isinstance(prompt, list) else 1
+    return texts + _OF_MESSAGE + many * max(0, RESERVED_TOKENS if answer is None else answer)
 
 
 def _sizes(value: Any) -> int:

@@ -36,15 +36,7 @@ from llmkit.inference.metrics import Metrics
 from llmkit.inference.prompting import Collector, read_options, to_openai
 from llmkit.inference.relay import WholeAnswer, Write, relay
 from llmkit.inference.running import Running
-from llmkit.registry.budgets import (
-    RESERVED_TOKENS,
-    Budgets,
-    Charge,
-    bounded,
-    longest_answer,
-    most_tokens,
-    with_an_end,
-)
+from llmkit.registry.budgets import Budgets, Charge, most_tokens
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
 from llmkit.registry.people import Person
@@ -131,13 +123,8 @@ class Requests:
         ------
         LLMKitError
         """
-        is_bounded = self._bounds_answers(by)
-        if is_bounded:
-            given = with_an_end(request.inference_kwargs, "inference_kwargs")
-            request = request.model_copy(update={"inference_kwargs": given})
         options = read_options(request)
         model = find_for(key, self._find, request.model_id)
-        longest = longest_answer(model.generation) or RESERVED_TOKENS
         running = Running(
             request.model_id,
             "inference",
@@ -161,9 +148,8 @@ class Requests:
             is_ours = http.endpoint.root_url is not None
             check_media(request.inference_kwargs, is_ours=is_ours, at="inference_kwargs")
             for adds_options in _tries(http):
-                defaults = bounded(model.generation, longest) if is_bounded else model.generation
                 path, body = to_openai(
-                    request, options, defaults, api, http.endpoint.model, stream_options=adds_options
+                    request, options, model.generation, api, http.endpoint.model, stream_options=adds_options
                 )
                 if self._record_bodies:
                     running.record_bodies(to_json(body))
@@ -180,7 +166,7 @@ class Requests:
             running.keep("".join(collector.text).encode("utf-8", "replace"))
             return collector.answer(running, turn.capabilities.engine_version)
 
-        most = most_tokens({**request.inference_kwargs, "prompt": request.prompt}, longest) if by is not None else 0
+        most = self._most(model, {**request.inference_kwargs, "prompt": request.prompt}, by)
         return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known, by=by, most=most)
 
     async def relay(
@@ -221,10 +207,6 @@ class Requests:
         """
         model = find_for(key, self._find, openai_api.model_of(body))
         openai_api.check(body)
-        is_bounded = self._bounds_answers(by)
-        if is_bounded:
-            body = with_an_end(body)
-        longest = longest_answer(model.generation) or RESERVED_TOKENS
         model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
         running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key), user=_name_of(by))
 
@@ -237,7 +219,7 @@ class Requests:
                 call = openai_api.to_call(
                     api,
                     body,
-                    bounded(model.generation, longest) if is_bounded else model.generation,
+                    model.generation,
                     http.endpoint.model,
                     model_api=turn.capabilities.api,
                     stream_options=adds_options,
@@ -255,7 +237,7 @@ class Requests:
                     break
             return answer
 
-        most = most_tokens(body, longest if api in _ANSWERING else 0) if by is not None else 0
+        most = self._most(model, body, by, answers=api in _ANSWERING)
         return await self._run(model, running, ask, key=key, known=known, by=by, most=most)
 
     async def _run(
@@ -313,9 +295,13 @@ class Requests:
                 _settle(self._budgets, charge, running, outcome)
             self._note(running, outcome, int(status), code)
 
-    def _bounds_answers(self, by: Person | None) -> bool:
-        """Say whether tokens are limited for who asks."""
-        return by is not None and not by.administers and self._budgets is not None and self._budgets.bounds_answers
+    def _most(self, model: Model, asked: dict[str, Any], by: Person | None, *, answers: bool = True) -> int:
+        """Give the tokens that a request can take, where anybody counts them."""
+        if self._budgets is None or by is None:
+            return 0
+        own = (model.generation.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        default = next((number for number in own if isinstance(number, int)), None)
+        return most_tokens(asked, default if answers else 0)
 
     def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model], key: ToolKey | None) -> Model | None:
         """Give the model to ask instead, or None."""

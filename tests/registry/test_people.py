@@ -15,7 +15,7 @@ from registry_stage import RegistryStage, ask, configure
 
 from llmkit.errors import BudgetExhausted, LLMKitError, ModelNotLoaded, NoRoom, NotAllowed, RequestCancelled
 from llmkit.registry import policies
-from llmkit.registry.budgets import RESERVED_TOKENS, most_tokens
+from llmkit.registry.budgets import most_tokens
 from llmkit.registry.people import Person
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import UsageOfDay
@@ -204,48 +204,3 @@ async def test_a_request_that_is_cancelled_before_it_is_charged_says_so(stage: R
             await asking
         assert (await registry.usage(ADA)).left == {"requests_per_day": 5}
         assert await usage(registry, ADA) is None
-
-
-# -- answers have an end ---------------------------------------------------------------------------------------
-
-
-async def test_where_tokens_are_limited_no_answer_is_longer_than_what_was_reserved(
-    stage: RegistryStage, upstream: MockUpstream
-) -> None:
-    async def write(_: bytes) -> None:
-        raise AssertionError("nothing is streamed")
-
-    async def both(registry: ModelRegistry, by: Person, **given: Any) -> list[dict[str, Any]]:
-        """Ask in both ways; give what bounds the answer in what the endpoint got."""
-        await registry.requests.infer(ask("a", **given), by=by)
-        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], **given}
-        await registry.requests.relay("chat/completions", body, write, by=by)
-        bounds = ("max_tokens", "max_completion_tokens")
-        return [{k: v for k, v in sent.items() if k in bounds} for _, _, sent in upstream.requests[-2:]]
-
-    async with stage.registry(shared=True, user_limits={"tokens_per_day": 100_000}) as registry:
-        await registry.load(await configure(registry, "a"))
-        assert await both(registry, ADA) == 2 * [{"max_tokens": RESERVED_TOKENS}]
-        assert await both(registry, ADA, max_tokens=None) == 2 * [{"max_tokens": RESERVED_TOKENS}]
-        assert await both(registry, ADA, max_tokens=7) == 2 * [{"max_tokens": 7}]
-        assert await both(registry, ADA, max_completion_tokens=7) == 2 * [{"max_completion_tokens": 7}]
-        assert await both(registry, GRACE) == 2 * [{}]
-    async with stage.registry(shared=True, user_limits={"requests_per_day": 100}) as registry:
-        await registry.load(next(c.config_id for c in registry.configurations()))
-        assert await both(registry, ADA) == 2 * [{}]
-
-
-async def test_a_fallback_answers_no_longer_than_what_was_reserved(
-    stage: RegistryStage, upstream: MockUpstream
-) -> None:
-    async def fail(_: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        return None if "temperature" in body else web.json_response({"error": {"message": "down"}}, status=500)
-
-    upstream.respond = fail
-    async with stage.registry(shared=True, user_limits={"tokens_per_day": 1000}) as registry:
-        for model_id, generation in (("b", {"max_tokens": 2000, "temperature": 0}), ("a", {"max_tokens": 20})):
-            more = {"fallback": "b"} if model_id == "a" else {}
-            await registry.load(await configure(registry, model_id, model_kwargs={"size": 100, **generation}, **more))
-        await registry.requests.infer(ask("a"), by=ADA)
-        sent = upstream.requests[-1][2]
-        assert (sent["max_tokens"], sent["temperature"]) == (20, 0)
