@@ -6,8 +6,8 @@ must say how long its answer may be in a way that every engine reads alike; wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, TypeGuard
 
 from pydantic import JsonValue
 from pydantic_core import to_json
@@ -74,7 +74,7 @@ def check_bounded(api: str, asked: Mapping[str, Any], at: str = "") -> None:
         raise does_not_fit([{"path": path + name, "message": message} for name in wrong])
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -91,9 +91,12 @@ def answer_bound(api: str, asked: Mapping[str, Any], defaults: Mapping[str, Json
     names = ANSWER_FIELDS.get(api)
     if names is None:
         return 0
-    own = [asked[name] for name in names if _is_count(asked.get(name))]
-    of_configuration = [number for name in _DEFAULTS if _is_count(number := defaults.get(name))]
-    return max(own or [number for number in of_configuration if isinstance(number, int)] or [RESERVED_TOKENS])
+    own = _counts(asked, names)
+    return max(own or _counts(defaults, _DEFAULTS) or [RESERVED_TOKENS])
+
+
+def _counts(found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+    return [value for value in map(found.get, names) if _is_count(value)]
 
 
 def with_bound(
@@ -144,7 +147,7 @@ def most_tokens(asked: Mapping[str, Any], bound: int = 0) -> int:
     >>> most_tokens({"prompt": "Hello"}, 50)
     71
     """
-    many = max(count if _is_count(count := asked.get(name)) else 1 for name in ("n", "best_of"))
+    many = max([1, *_counts(asked, ("n", "best_of"))])
     texts = sum(
         _OF_SCHEMA * len(to_json(value)) if name in SCHEMA_PARAMETERS and value is not None else sum(_leaves(value))
         for name, value in asked.items()
