@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,8 +27,6 @@ MINUTE: Final = 60.0
 DAY: Final = 86_400.0
 KEPT_DAYS: Final = 400
 """So long the usage of a day can be read: a school year."""
-RESERVED_TOKENS: Final = 1024
-"""For an answer whose length nobody bounds."""
 LIMITS: Final = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day")
 _ERRORS = (LLMKitError, OSError, sqlite3.Error)
 T = TypeVar("T")
@@ -99,7 +97,8 @@ class _Window:
         for charge in self.charges:
             requests, tokens = requests - 1, tokens - charge.tokens
             if requests <= 0 and tokens <= 0:
-                return max(1.0, charge.started_at + self.seconds - now)
+                # The clock may have been set back since.
+                return min(max(1.0, charge.started_at + self.seconds - now), self.seconds)
         return self.seconds
 
 
@@ -180,6 +179,11 @@ class Budgets:
         """Say what is wrong with the record of usage."""
         problems = list(self._file.problems) if self._file else []
         return [*problems, f"usage is not recorded: {self._failure}"] if self._failure else problems
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether tokens are limited."""
+        return any(name.startswith("tokens_") for name in self.limits)
 
     # -- charging ------------------------------------------------------------------------------------------
 
@@ -334,53 +338,3 @@ def _in_words(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / MINUTE)
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-
-
-# -- what a request can take -----------------------------------------------------------------------------------
-
-_MOST_OF_ANSWER: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_OF_MESSAGE: Final = 16
-"""Tokens that a chat template puts around a message, at most."""
-_OF_IMAGE: Final = 4096
-
-
-def most_tokens(asked: dict[str, Any], default_answer: int | None = None) -> int:
-    """Give what a request can take: no text has more tokens than bytes, and the answer no more than it is allowed.
-
-    Parameters
-    ----------
-    asked
-        The request, as in OpenAI's API or as ``inference_kwargs`` with the prompt.
-    default_answer
-        Of the configuration, where the request bounds its answer by nothing; `RESERVED_TOKENS` if it is None.
-
-    Examples
-    --------
-    >>> most_tokens({"prompt": "Hello", "max_tokens": 50})
-    71
-    """
-    answer = next((asked[name] for name in _MOST_OF_ANSWER if isinstance(asked.get(name), int)), default_answer)
-    answers = asked.get("n")
-    many = answers if isinstance(answers, int) and answers > 1 else 1
-    texts = sum(_sizes(value) for name, value in asked.items() if name not in ("model", "stop"))
-    return texts + _OF_MESSAGE + many * max(0, RESERVED_TOKENS if answer is None else answer)
-
-
-def _sizes(value: Any) -> int:
-    return sum(_leaves(value))
-
-
-def _leaves(value: Any) -> Iterator[int]:
-    level = [value]
-    while level:
-        one = level.pop()
-        if isinstance(one, str):
-            yield len(one.encode("utf-8", "replace"))
-        elif isinstance(one, dict):
-            yield _OF_MESSAGE
-            if "image_url" in one:
-                yield _OF_IMAGE
-            level.extend(inner for name, inner in one.items() if name != "image_url")
-        elif isinstance(one, list):
-            level.extend(one)
-            yield sum(isinstance(item, int) for item in one)  # tokens

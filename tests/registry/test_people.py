@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 from mock_upstream import USAGE, MockUpstream
-from registry_stage import RegistryStage, ask, configure
+from registry_stage import RegistryStage, ask, configure, until
 
 from llmkit.errors import BudgetExhausted, LLMKitError, ModelNotLoaded, NoRoom, NotAllowed, RequestCancelled
+from llmkit.inference.reserving import RESERVED_TOKENS, most_tokens
 from llmkit.registry import policies
-from llmkit.registry.budgets import most_tokens
 from llmkit.registry.people import Person
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import UsageOfDay
@@ -189,7 +189,7 @@ async def test_what_is_cancelled_half_way_costs_what_was_reserved(stage: Registr
             await asking
         told = await usage(registry, ADA)
         assert told is not None
-        assert told.tokens == most_tokens({"prompt": "Hi", "max_tokens": 30, "request_id": "r"})
+        assert told.tokens == most_tokens({"prompt": "Hi", "request_id": "r"}, 30)
 
 
 async def test_a_request_that_is_cancelled_before_it_is_charged_says_so(stage: RegistryStage) -> None:
@@ -204,3 +204,92 @@ async def test_a_request_that_is_cancelled_before_it_is_charged_says_so(stage: R
             await asking
         assert (await registry.usage(ADA)).left == {"requests_per_day": 5}
         assert await usage(registry, ADA) is None
+
+
+# -- what a request can take ----------------------------------------------------------------------------------
+
+CHAT = {"model": "a", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def _last_body(upstream: MockUpstream) -> dict[str, Any]:
+    return next(body for path, _, body in reversed(upstream.requests) if path == "/v1/chat/completions")
+
+
+async def test_an_answer_is_bounded_only_where_tokens_are_limited(stage: RegistryStage, upstream: MockUpstream) -> None:
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 5000}) as registry:
+        await registry.load(await configure(registry, "a"))
+        longest = registry.model("a").capabilities.max_model_len
+        assert longest is not None
+        half = longest // 2  # an engine refuses to be asked for more than fits
+        assert half < RESERVED_TOKENS
+        for body in (CHAT, {**CHAT, "max_tokens": None}):
+            await registry.requests.relay("chat/completions", body, _no_stream, by=ADA)
+            assert _last_body(upstream)["max_tokens"] == half
+        await registry.requests.infer(ask("a"), by=ADA)
+        assert _last_body(upstream)["max_tokens"] == half
+        await registry.requests.infer(ask("a", max_completion_tokens=2000), by=ADA)
+        assert _last_body(upstream)["max_completion_tokens"] == 2000
+        assert "max_tokens" not in _last_body(upstream)
+        for by in (GRACE, None):
+            await registry.requests.infer(ask("a"), by=by)
+            assert "max_tokens" not in _last_body(upstream)
+    async with stage.registry(shared=True, user_limits={"requests_per_day": 50}) as registry:
+        await registry.load(registry.model("a").config_id)
+        await registry.requests.relay("chat/completions", {**CHAT, "max_tokens": -1}, _no_stream, by=ADA)
+        assert _last_body(upstream)["max_tokens"] == -1
+
+
+async def test_a_fallback_keeps_within_what_was_reserved_and_is_charged_once(
+    stage: RegistryStage, upstream: MockUpstream
+) -> None:
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 5000}) as registry:
+        await registry.load(await configure(registry, "b", model_kwargs={"size": 100, "max_tokens": 4000}))
+        await configure(registry, "a", model_kwargs={"size": 100, "max_tokens": 70}, fallback="b")
+        bodies: list[dict[str, Any]] = []
+
+        async def refuse_first(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+            if request.path != "/v1/chat/completions":
+                return None
+            bodies.append(body)
+            return web.json_response({"error": {"message": "busy"}}, status=429) if len(bodies) == 1 else None
+
+        await registry.load(registry.model("a").config_id)
+        upstream.respond = refuse_first
+        answer = await registry.requests.infer(ask("a"), by=ADA)
+        assert answer.model_id == "b"
+        assert [body["max_tokens"] for body in bodies] == [70, 70]
+        told = await usage(registry, ADA)
+        assert told is not None
+        assert (told.requests, told.tokens) == (1, USAGE["total_tokens"])
+
+
+async def test_who_leaves_the_queue_is_charged_nothing(stage: RegistryStage, upstream: MockUpstream) -> None:
+    limits = {"tokens_per_day": 5000, "requests_per_day": 9}
+    async with stage.registry(shared=True, user_limits=limits) as registry:
+        await registry.load(await configure(registry, "a", max_in_flight=1))
+        upstream.never_end("word ", 0.01)
+        sent = asyncio.Event()
+
+        async def send(*_: Any) -> None:
+            sent.set()
+
+        running = asyncio.create_task(registry.requests.infer(ask("a", stream=True), send, by=BEN))
+        await sent.wait()
+        waiting = asyncio.create_task(registry.requests.infer(ask("a"), by=ADA))
+        await until(lambda: registry.model("a").queued == 1)
+        assert registry.budgets is not None
+        assert registry.budgets.left("ada")["requests_per_day"] == 8
+        waiting.cancel()
+        running.cancel()
+        await asyncio.gather(waiting, running, return_exceptions=True)
+        assert registry.budgets.left("ada") == limits
+        assert registry.budgets.left("ben")["tokens_per_day"] < 5000 - RESERVED_TOKENS
+
+
+async def test_tokenizing_costs_no_tokens(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 10}) as registry:
+        await registry.load(await configure(registry, "a"))
+        body = {"model": "a", "prompt": "a text of more than ten bytes"}
+        with pytest.raises(LLMKitError) as caught:  # the endpoint has no such path
+            await registry.requests.relay("tokenize", body, _no_stream, by=ADA)
+        assert not isinstance(caught.value, BudgetExhausted)
