@@ -38,8 +38,8 @@ class Student:
     Parameters
     ----------
     task
-        ``loot`` and ``done``: files to write. ``folders``, ``files``: to read. ``pids``: to attach to. ``port``, ``uid``:
-        of the service. ``ids``: what stands in paths of the API.
+        ``loot`` and ``done``: files to write. ``folders``, ``files``: to read. ``pids``: to attach to.
+        ``port``, ``uid``: of the service. ``ids``: what stands in paths of the API.
     """
 
     def __init__(self, task: dict[str, Any], loot: BinaryIO) -> None:

@@ -6,6 +6,7 @@ Students look for the keys in a real kernel and a real terminal of their own ser
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -45,7 +46,7 @@ c.Spawner.args = ["--LLMKitApp.standby=off"]
 c.Spawner.env_keep = ["LANG"]
 c.Spawner.environment["PATH"] = {path!r}
 _service["user"] = "llmkit"
-_service["environment"] = dict(CLASS_API_KEY={key!r}, PATH={path!r})
+_service["environment"] = dict(PATH={path!r})
 """
 
 
@@ -120,8 +121,15 @@ def school() -> Iterator[School]:
         uids += accounts.uids.values()
         file = hub.folder / "jupyterhub_config.py"
         file.chmod(0o600)
-        settings = SETTINGS.format(python=str(accounts.python), path=accounts.path, key=KEY)
+        settings = SETTINGS.format(python=str(accounts.python), path=accounts.path)
         file.write_text(file.read_text() + accounts.table() + settings)
+        # As documented: JupyterHub's database, which it makes readable for all, keeps the `environment` of a service.
+        own = accounts.home("llmkit") / ".jupyter" / "jupyter_llmkit_config.py"
+        own.parent.mkdir(mode=0o700)
+        own.write_text(f"import os\nos.environ['CLASS_API_KEY'] = {KEY!r}\n")
+        own.chmod(0o600)
+        for path in (own.parent, own):
+            os.chown(path, accounts.uids["llmkit"], accounts.uids["llmkit"])
         with hub:
             wait_for_service(hub)
             yield School(hub, accounts, port)
@@ -228,7 +236,9 @@ def test_hostile_students_find_nothing(school: School, teacher: Client, servers:
             assert told["refused"] > 100
             assert told["asked"] > 100
             for one in looked_for:
-                assert one.encode() not in loot, loot[max(0, loot.index(one.encode()) - 2000) :][:3000]
+                place = loot.find(one.encode())
+                # Where it was: the name of what was read stands before it.
+                assert place < 0, loot[loot.rindex(b"\n== ", 0, place) :][:200]
         assert "others" in [one.request_id for one in teacher.requests().running]
     assert not any(one in hub.log for one in looked_for)
     assert {one.status for one in teacher.models()} == {"loaded"}
