@@ -15,7 +15,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # Jupyter refuses to run as root unless it is told that this is meant.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab demo newcomer test test-fast bench soak long-run lint clean
+.PHONY: help setup lab demo newcomer test test-fast test-ray bench soak long-run lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,12 @@ newcomer: $(READY)  ## the first minutes of somebody new: clone, `make lab`, fir
 test: $(READY)  ## every test, in tiers; installs Chromium and JupyterHub's proxy where that is allowed
 	@$(BIN)/python tests/tiers.py $(ARGS)
 
-test-fast: $(READY)  ## the tests that need neither vLLM nor a browser
-	$(BIN)/python -m pytest -m "not vllm and not browser" $(ARGS)
+test-fast: $(READY)  ## the tests that need neither vLLM nor Ray nor a browser
+	$(BIN)/python -m pytest -m "not vllm and not ray and not browser" $(ARGS)
+
+test-ray: $(READY)  ## installs Ray and runs all tests of models on a cluster, in about 10 minutes
+	@$(BIN)/python -m pip install -qq --editable '.[ray]'
+	$(BIN)/python -m pytest -m ray $(ARGS)
 
 bench: $(READY)  ## the benchmarks, in about 20 minutes: table and plot in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)

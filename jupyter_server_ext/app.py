@@ -135,6 +135,13 @@ class LLMKitApp(ExtensionApp):
         "about 0.6 GB. auto: where there is a configuration for vLLM and 4 GiB of memory are free, but not in a server "
         "of a JupyterHub user. on: also there, and with less memory. off: never.",
     ).tag(config=True)
+    ray_address = Unicode(
+        help="Address of the Ray cluster that models may be placed on, host:port of its head; this machine has to "
+        "belong to it. Whoever may configure models can then run them there. Empty: no model is placed on a cluster.",
+    ).tag(config=True)
+    ray_http_url = Unicode(
+        help="Where Ray Serve of that cluster answers, such as http://10.0.0.1:8000. Empty: where the cluster says.",
+    ).tag(config=True)
     max_record_bytes = Int(
         64 << 20,
         min=1 << 20,
@@ -291,6 +298,8 @@ class LLMKitApp(ExtensionApp):
                 stall_seconds=self.stall_timeout,
                 engine_niceness=self.engine_niceness,
                 standby=self.standby,
+                ray_address=self.ray_address,
+                ray_http_url=self.ray_http_url,
                 record_bodies=self.record_bodies,
                 max_record_bytes=self.max_record_bytes,
                 # Everybody could read everybody's.

@@ -33,10 +33,10 @@ class LoadedModel(NamedTuple):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run; on a continuous-integration machine that is a failure, but for a GPU."""
+    """Skip what this machine cannot run; on a continuous-integration machine that is a failure, but for GPU and Ray."""
     for marker in MARKERS:
         if item.get_closest_marker(marker) and (reason := missing(marker)):
-            if IN_CI and marker != "gpu":
+            if IN_CI and marker not in ("gpu", "ray"):
                 pytest.fail(reason, pytrace=False)
             pytest.skip(reason)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from scripted_engine import ScriptedEngine
 
-from llmkit.engines.base import Endpoint, EngineContext, EngineType, load_engine_types
+from llmkit.engines.base import Endpoint, EngineContext, EngineType, Extra, load_engine_types
 from llmkit.engines.vllm.engine import VLLMEngineType
 from llmkit.errors import LLMKitError
 from llmkit.registry import registry
@@ -30,7 +30,8 @@ class InstantVLLMEngineType(VLLMEngineType):
     def create(self, configuration: Configuration, context: EngineContext) -> Any:
         base_url = os.environ["OPENAI_BASE_URL"]
         engine = ScriptedEngine(base_url)
-        engine.endpoint = Endpoint(base_url=base_url, model="gpt-3", root_url=base_url.removesuffix("/v1"))
+        extras: frozenset[Extra] = frozenset({"metrics", "tokenize"})
+        engine.endpoint = Endpoint(base_url, "gpt-3", root_url=base_url.removesuffix("/v1"), extras=extras)
         engine.ready.set()
         return engine
 

@@ -27,7 +27,7 @@ from llmkit.engines.vllm.install import has_nvidia_gpu, installed
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROXY_FOLDER = "npm"
 """Where in the virtual environment JupyterHub's proxy is installed."""
-MARKERS = ("gpu", "vllm", "browser", "hub")
+MARKERS = ("gpu", "vllm", "ray", "browser", "hub")
 """What a test is marked with that needs more of a machine than Python."""
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -67,6 +67,10 @@ def missing(marker: str) -> str | None:
             return "vLLM runs on Linux only"
         if importlib.util.find_spec("vllm") is None:
             return "vLLM is not installed: python -m llmkit.engines.vllm.install"
+    if marker == "ray" and (reason := missing("vllm")):
+        return reason
+    if marker == "ray" and importlib.util.find_spec("ray") is None:
+        return "Ray is not installed: make test-ray"
     if marker == "gpu":
         if not has_nvidia_gpu():
             return "there is no NVIDIA GPU"

@@ -222,6 +222,7 @@ def test_make_lists_its_targets() -> None:
         "newcomer",
         "test",
         "test-fast",
+        "test-ray",
         "bench",
         "soak",
         "long-run",
@@ -244,7 +245,7 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
 @pytest.fixture
 def small_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let the runner of the tiers run a folder of four small tests."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  browser: b\n  alone: c\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  ray: d\n  browser: b\n  alone: c\n")
     (tmp_path / "test_small.py").write_text(
         "import os, pytest\n"
         "def test_quick(): assert 'PYTEST_XDIST_WORKER' in os.environ\n"
@@ -262,7 +263,7 @@ def small_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_tier_is_timed_and_counted_in_the_last_line(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert tiers.main([]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-5:-1]] == ["fast", "alone", "vllm", "browser"]
+    assert [line.split()[0] for line in lines[-6:-1]] == ["fast", "alone", "vllm", "ray", "browser"]
     assert lines[-1] == "3 passed, 0 failed, 1 skipped"
 
 

@@ -21,9 +21,10 @@ from support import PROXY_FOLDER, proxy_of_jupyterhub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIERS = {
-    "fast": "not vllm and not browser and not alone",
+    "fast": "not vllm and not ray and not browser and not alone",
     "alone": "alone and not vllm and not browser",
     "vllm": "vllm and not browser",
+    "ray": "ray and not long",
     "browser": "browser",
 }
 # The tests of a file stay in one process, so that they share its servers. The order of the files stays too: xdist would

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from ssl import SSLContext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
@@ -36,6 +36,9 @@ MAX_ARGUMENTS = 256
 MAX_DETAILS = 20
 
 
+Extra = Literal["metrics", "tokenize"]
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where the relay reaches an engine's OpenAI-compatible API.
@@ -48,7 +51,11 @@ class Endpoint:
     model: str
     uds: Path | None = None
     root_url: str | None = None
-    """Where an engine has what is outside OpenAI's API, such as its metrics; None if it has nothing of that."""
+    """Where an engine has what is outside OpenAI's API; None if it has nothing of that."""
+    extras: frozenset[Extra] = frozenset()
+    """What it has there."""
+    fetches: bool = False
+    """Whether it is somebody else's, and may fetch from where it is what a request names by ``http(s)``."""
     api_key: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
@@ -74,6 +81,11 @@ class LoadProgress:
     download: Download | None = None
     launch: str | None = None
     """How the engine was started, where there are several ways; said once."""
+    notice: str | None = None
+    """What a person should know of an engine that goes on answering, for example that a part of it is missing.
+
+    An engine may report that after its load, too, with the phase ``ready``; None then takes it back.
+    """
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,18 @@ class EngineExit:
 
     message: str
     returncode: int | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that the operator of the server has named."""
+
+    address: str
+    """Of its head: ``host:port``."""
+    owner: str
+    """Part of the name of everything that is put there; servers of another home have another one."""
+    http_url: str | None = None
+    """Where Ray Serve answers; None is where the cluster says."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,8 @@ class EngineContext:
     """GPUs that were set aside for it; none means that it does not need any."""
     gpu_memory_utilization: float | None = None
     """The share of each of them that is free, for an engine whose configuration does not say what to take."""
+    cluster: Cluster | None = None
+    """Where models can be placed beside this machine; None if the operator has named no cluster."""
 
 
 class Engine(Protocol):
@@ -138,6 +164,15 @@ class Engine(Protocol):
 
     async def memory(self) -> Memory:
         """Measure what the engine holds now."""
+        ...
+
+
+@runtime_checkable
+class LeavableEngine(Engine, Protocol):
+    """An engine whose model can outlive the server."""
+
+    async def leave(self) -> Memory:
+        """Do as `stop` at the end of the server, except that a model that is to outlive it goes on."""
         ...
 
 
@@ -210,6 +245,22 @@ class PreparedType(EngineType, Protocol):
         With ``anonymous`` without mapped files, of which the kernel can have the memory at any time.
         """
         ...
+
+
+@runtime_checkable
+class PlacedType(EngineType, Protocol):
+    """An engine type where the configuration, too, decides whether a model can be loaded here."""
+
+    def unavailable_for(self, configuration: Configuration, cluster: Cluster | None) -> LLMKitError | None:
+        """Say why this model cannot be loaded here, or None; instead of `unavailable`, and as quick."""
+        ...
+
+
+def unavailable(engine_type: EngineType, configuration: Configuration, cluster: Cluster | None) -> LLMKitError | None:
+    """Say why a model cannot be loaded here, or None."""
+    if isinstance(engine_type, PlacedType):
+        return engine_type.unavailable_for(configuration, cluster)
+    return engine_type.unavailable()
 
 
 @dataclass(frozen=True)

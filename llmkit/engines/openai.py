@@ -6,6 +6,7 @@ To load one is to find out that it can be used: the endpoint answers, takes the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import os
 from collections.abc import Callable, Mapping
@@ -17,7 +18,15 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, JsonValue, StringConstraints
 
 from llmkit.engines.addresses import origin_of, why_not_called
-from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
+from llmkit.engines.base import (
+    Endpoint,
+    EngineContext,
+    EngineExit,
+    Extra,
+    LoadProgress,
+    does_not_fit,
+    sort_kwargs,
+)
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.outgoing import proxy_for, trusted_certificates
 from llmkit.engines.refusals import redact
@@ -143,6 +152,7 @@ class OpenAIEngineType:
             timeout=arguments.get("timeout") or DEFAULT_TIMEOUT_SECONDS,
             max_retries=DEFAULT_RETRIES if retries is None else retries,
             proxy=proxy_for(base_url, self._environ),
+            fetches=True,
         )
         return OpenAIEngine(endpoint, arguments, self._environ)
 
@@ -174,13 +184,27 @@ class OpenAIEngine:
         # Whether it can be used shows soon; an answer may take longer.
         quick = min(self.endpoint.timeout or PROBE_SECONDS, PROBE_SECONDS)
         http = EngineHTTP(replace(self.endpoint, timeout=quick, max_retries=0))
+        length = None
         try:
-            await self._find_model(http)
+            entry = await self._find_model(http)
+            if entry.get("owned_by") == "vllm":
+                length = entry.get("max_model_len")
+                self.endpoint = await _with_extras(http, self.endpoint)
         finally:
             await http.close()
-        return Capabilities(api="completions" if self._api == "completions" else "chat")
+        return Capabilities(
+            api="completions" if self._api == "completions" else "chat",
+            max_model_len=length if isinstance(length, int) else None,
+        )
 
-    async def _find_model(self, http: EngineHTTP) -> None:
+    async def _find_model(self, http: EngineHTTP) -> dict[str, Any]:
+        """Give what the endpoint says of the model, as far as it does.
+
+        Raises
+        ------
+        LLMKitError
+            If it cannot be used.
+        """
         name = self.endpoint.model
         status, body = await http.status("/models")
         if status in _REFUSED or status >= HTTPStatus.INTERNAL_SERVER_ERROR or 300 <= status < 400:
@@ -189,11 +213,12 @@ class OpenAIEngine:
             raise UpstreamFailed(
                 f"{self.endpoint.base_url} answers, but not with JSON.", hint="Check base_url; it usually ends in /v1."
             )
-        listed = _ids(body) if status == HTTPStatus.OK else []
-        if name in listed:
-            return
+        entries = _entries(body) if status == HTTPStatus.OK else {}
+        if name in entries:
+            return entries[name]
+        listed = list(entries)
         # Some endpoints list only part of what they serve, or know a model by more names than they list.
-        status, _ = await http.status(f"/models/{quote(name, safe='')}")
+        status, one = await http.status(f"/models/{quote(name, safe='')}")
         if status in _REFUSED:
             raise http.refusal(status)
         if status == HTTPStatus.NOT_FOUND and listed:
@@ -203,6 +228,7 @@ class OpenAIEngine:
                 param="model_name",
                 hint=f"It has, for example: {redact(', '.join(near), self.endpoint.api_key)[:300]}.",
             )
+        return one if status == HTTPStatus.OK and isinstance(one, dict) else {}
 
     async def stop(self) -> Memory:
         """Free nothing: the model runs elsewhere."""
@@ -218,10 +244,32 @@ class OpenAIEngine:
         return Memory(reason="runs elsewhere")
 
 
-def _ids(body: Any) -> list[str]:
+def _entries(body: Any) -> dict[str, dict[str, Any]]:
+    """Give every model of a list by its name."""
     data = body.get("data") if isinstance(body, dict) else None
-    return (
-        [m["id"] for m in data if isinstance(m, dict) and isinstance(m.get("id"), str)]
-        if isinstance(data, list)
-        else []
-    )
+    models = [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
+    return {m["id"]: m for m in models if isinstance(m.get("id"), str)}
+
+
+async def _with_extras(http: EngineHTTP, endpoint: Endpoint) -> Endpoint:
+    """Add to an endpoint what a vLLM server has beside OpenAI's API, and can be reached there.
+
+    It lies beside ``/v1``; a proxy on the way may pass on only a part, or nothing, of it.
+    """
+    root_url = endpoint.base_url.rstrip("/").removesuffix("/v1")
+    if root_url == endpoint.base_url.rstrip("/"):
+        return endpoint
+    extras: set[Extra] = set()
+    beside = EngineHTTP(replace(http.endpoint, root_url=root_url))
+    try:
+        with contextlib.suppress(LLMKitError):
+            told = await beside.json("POST", "//tokenize", {"model": endpoint.model, "prompt": "Hello"})
+            if isinstance(told.get("count"), int):
+                extras.add("tokenize")
+        with contextlib.suppress(LLMKitError):
+            async with beside.open("//metrics", method="GET") as response:
+                if response.status == HTTPStatus.OK and response.content_type == "text/plain":
+                    extras.add("metrics")
+    finally:
+        await beside.close()
+    return replace(endpoint, root_url=root_url, extras=frozenset(extras)) if extras else endpoint

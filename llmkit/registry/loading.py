@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from llmkit.engines.base import Engine, EngineContext
+from llmkit.engines.base import Cluster, Engine, EngineContext, unavailable
 from llmkit.errors import ConfigurationNotFound, LLMKitError, NoRoom
 from llmkit.process.devices import Devices
 from llmkit.process.placement import Placement, Reservation
@@ -56,6 +56,11 @@ class Loader:
         How long a load may show no sign of life.
     engine_niceness
         As in `EngineContext.niceness`.
+
+    Attributes
+    ----------
+    cluster
+        Where models can be placed beside this machine.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Loader:
         standby_bytes: Callable[[], Awaitable[int | None]],
     ) -> None:
         self.devices = devices
+        self.cluster: Cluster | None = None
         self.placement = Placement(self.devices, run_dir.parent / "gpus")
         self._stored = stored
         self._models = models
@@ -98,9 +104,9 @@ class Loader:
             `NoRoom` if there is none, or why there can be no engine.
         """
         engine_type = self._stored.engine_type(configuration)
-        unavailable = engine_type.unavailable()
-        if unavailable is not None:
-            raise unavailable
+        why_not = unavailable(engine_type, configuration, self.cluster)
+        if why_not is not None:
+            raise why_not
         self._stored.check_allowed(configuration)
         self._unreleased.discard(configuration.config_id)
         await self._claim(configuration)
@@ -119,6 +125,7 @@ class Loader:
             stall_seconds=self._stall_seconds,
             niceness=self._engine_niceness,
             devices=self.devices,
+            cluster=self.cluster,
             gpus=tuple(reservation.gpus) if reservation is not None else (),
             gpu_memory_utilization=reservation.share if reservation is not None else None,
         )
@@ -173,9 +180,9 @@ class Loader:
         model
             Its live side, if it has one: that goes before another configuration of it is loaded.
         """
-        unavailable = self._stored.engine_type(configuration).unavailable()
-        if unavailable is not None:
-            raise unavailable
+        why_not = unavailable(self._stored.engine_type(configuration), configuration, self.cluster)
+        if why_not is not None:
+            raise why_not
         self._stored.check_allowed(configuration)
         estimate = await self._estimate(configuration)
         head = {"model_id": configuration.model_id, "config_id": configuration.config_id}

@@ -32,10 +32,18 @@ from types import TracebackType
 from pydantic import JsonValue
 
 from llmkit import schemas
-from llmkit.engines.base import Engine, LoadProgress
+from llmkit.engines.base import Engine, LeavableEngine, LoadProgress
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, last_lines
-from llmkit.errors import EngineCrashed, EngineGone, LLMKitError, LoadCancelled, ModelNotLoaded, ModelUnloaded
+from llmkit.errors import (
+    EngineCrashed,
+    EngineGone,
+    LLMKitError,
+    LoadCancelled,
+    ModelNotLoaded,
+    ModelUnloaded,
+    ServerStopping,
+)
 from llmkit.inference.admission import Admission, Slot
 from llmkit.inference.running import Running
 from llmkit.registry import policies
@@ -375,6 +383,11 @@ class Model:
         return self._clock.record(self._memory) if self._clock is not None else None
 
     def _report(self, progress: LoadProgress) -> None:
+        if self._status == "loaded" and progress.phase == "ready":
+            if self._reason != progress.notice:
+                self._reason = progress.notice
+                self._changed(self, "status")
+            return
         if self._status != "loading" or self._clock is None:
             return
         before = (self._phase, self._progress, self._clock.download)
@@ -605,8 +618,11 @@ class Model:
         try:
             if self._http is not None:
                 await self._http.close()
-            if self._engine is not None:
-                freed = await self._engine.stop()
+            engine = self._engine
+            if isinstance(self._retired, ServerStopping) and isinstance(engine, LeavableEngine):
+                freed = await engine.leave()
+            elif engine is not None:
+                freed = await engine.stop()
         except Exception:  # noqa: BLE001  # as above; what is left is the guardian's
             self._log.exception("The engine of %s did not stop as it should.", self.configuration.model_id)
             freed = Memory(reason="the stop failed; the server's log says more")

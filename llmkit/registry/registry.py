@@ -17,6 +17,7 @@ from llmkit import __version__, schemas
 from llmkit.engines.base import STALL_SECONDS, EngineType, does_not_fit, load_engine_types
 from llmkit.engines.http import read_whole
 from llmkit.engines.log import LogFollower, last_lines
+from llmkit.engines.ray import open_cluster
 from llmkit.errors import (
     ConfigurationExists,
     ConfigurationNotFound,
@@ -79,6 +80,8 @@ class Settings:
     stall_seconds: float = STALL_SECONDS
     engine_niceness: int | None = None
     standby: Mode = "off"
+    ray_address: str = ""
+    ray_http_url: str = ""
     record_bodies: bool = False
     max_record_bytes: int = 64 << 20
     max_conversations: int = MOST
@@ -214,7 +217,11 @@ class ModelRegistry:
         LLMKitError, OSError
             If the store cannot be used.
         """
-        for configuration in await self._stored.open():
+        stored = await self._stored.open()
+        self._loader.cluster = await asyncio.to_thread(
+            open_cluster, self._settings.ray_address, self._settings.ray_http_url, self._settings.state_dir
+        )
+        for configuration in stored:
             self._add(configuration)
         for body in self._settings.configurations:
             try:
@@ -341,7 +348,7 @@ class ModelRegistry:
         """
         model = self._by_model_id(model_id)
         http = model.http
-        if http.endpoint.root_url is None:
+        if "metrics" not in http.endpoint.extras:
             raise no_engine_here(model)
         async with http.open("//metrics", method="GET") as response, asyncio.timeout(METRICS_SECONDS):
             await http.check_status(response)

@@ -147,7 +147,7 @@ class Requests:
         async def ask(model: Model, turn: Turn) -> InferenceAnswer:
             http = turn.http
             api = turn.capabilities.api or "chat"
-            is_ours = http.endpoint.root_url is not None
+            is_ours = not http.endpoint.fetches
             check_media(request.inference_kwargs, is_ours=is_ours, at="inference_kwargs")
             for adds_options in _tries(http):
                 path, body = to_openai(
@@ -217,8 +217,8 @@ class Requests:
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
-            check_media(body, is_ours=http.endpoint.root_url is not None)
-            if api == "tokenize" and http.endpoint.root_url is None:
+            check_media(body, is_ours=not http.endpoint.fetches)
+            if api == "tokenize" and "tokenize" not in http.endpoint.extras:
                 raise no_engine_here(model)
             bounded = with_bound(api, body, body, bound, http.endpoint, turn.capabilities.max_model_len)
             for adds_options in _tries(http):
@@ -387,9 +387,9 @@ class Requests:
 
 
 def no_engine_here(model: Model) -> NotSupported:
-    """Make the error of what only an engine of this server can do."""
+    """Make the error of what an endpoint may not offer beside OpenAI's API."""
     return NotSupported(
-        f"`{model.configuration.model_id}` runs elsewhere; this is possible only with an engine of this server.",
+        f"`{model.configuration.model_id}` runs elsewhere, and its endpoint does not offer this.",
         param="model",
     )
 

@@ -41,7 +41,8 @@ HEAD = ["bar", "limit", "measured", ""]
 
 def bars(part: str, figures: dict[str, Any]) -> list[Bar]:
     """Give the bars of a part, as far as its figures have what they need."""
-    return {"relay": _relay, "engine": _engine, "loop": _loop, "loads": _loads}.get(part, lambda _: [])(figures)
+    made = {"relay": _relay, "engine": _engine, "loop": _loop, "loads": _loads, "growth": _growth}
+    return made.get(part, lambda _: [])(figures)
 
 
 def _relay(figures: dict[str, Any]) -> list[Bar]:
@@ -74,6 +75,11 @@ def _loop(figures: dict[str, Any]) -> list[Bar]:
         for key, limit in limits.items():
             found.append(Bar(f"loop lag {key.removesuffix('_ms')}, {state}", lags[key], limit, "<=", " ms"))
     return found
+
+
+def _growth(figures: dict[str, Any]) -> list[Bar]:
+    two = figures["llmkit"].get("2")
+    return [Bar("chunks/s of two upstreams through the relay, to one", two["to_one"], 1.8, ">=", "x")] if two else []
 
 
 def _loads(figures: dict[str, Any]) -> list[Bar]:

@@ -74,11 +74,11 @@ def jupyter(*extensions: str, upstream: str = "", llmkit: bool = True) -> Jupyte
     )
 
 
-def load_mock(server: JupyterServer, base_url: str) -> None:
+def load_mock(server: JupyterServer, base_url: str, model_id: str = LLMKIT_MODEL) -> None:
     """Configure and load the upstream as a model of llmkit."""
     server.load(
         server.configure(
-            LLMKIT_MODEL,
+            model_id,
             model_name=MODEL,
             model_type="openai",
             model_kwargs={"base_url": base_url},

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import growth
 from benchmarks.bars import HEAD, Bar
 from benchmarks.venvs import python_of
 
@@ -180,6 +181,36 @@ def _loads(figures: dict[str, Any]) -> list[Table]:
     return [Table("Loads: seconds until the engine answers, and what it holds", head, rows)]
 
 
+def _growth(figures: dict[str, Any]) -> list[Table]:
+    rows = [
+        [
+            f"{way}, {count} {'upstream' if count == '1' else 'upstreams'}",
+            f"{int(count) * growth.STREAMS}",
+            f"{some['chunks_per_s']:.0f}",
+            f"{some['spread']:.0%}",
+            f"{some['to_one']:.2f}",
+            f"{some['chunks_per_s'] / (int(count) * growth.ASKED_PER_S):.0%}",
+            f"{some['first_chunk_p50_ms']:.1f}",
+            *(
+                (f"{some['cpu_share']:.2f}", f"{some['cpu_us_per_chunk']:.1f}", f"{_readers(some)}")
+                if some["cpu_share"]
+                else ("-", "-", "-")
+            ),
+            f"{some['others_cpu_share']:.2f}",
+        ]
+        for way, cases in figures.items()
+        for count, some in sorted(cases.items(), key=lambda case: int(case[0]))
+    ]
+    head = ["way", "streams", "chunks/s", "spread", "to one", "of the pace", "1st p50 ms"]
+    head += ["relay's CPUs", "CPU us/chunk", "readers of a CPU", "others' CPUs"]
+    return [Table("Growth: upstreams that each write 64 chunks, 5 ms apart, to 16 streams", head, rows)]
+
+
+def _readers(some: dict[str, Any]) -> int:
+    """Say how many streams at the pace of a reader take one processor of the relay."""
+    return int(1e6 / some["cpu_us_per_chunk"] / growth.READER_PER_S)
+
+
 _MAKERS = {
     "relay": _relay,
     "engine": _engine,
@@ -187,6 +218,7 @@ _MAKERS = {
     "loop": _loop,
     "memory": _memory,
     "loads": _loads,
+    "growth": _growth,
 }
 """What makes the tables of each part."""
 

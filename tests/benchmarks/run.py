@@ -8,18 +8,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import engine, loads, loop, memory, niceness, relay, report
+from benchmarks import engine, growth, loads, loop, memory, niceness, relay, report
 from benchmarks.bars import bars
 from benchmarks.contenders import CONTENDERS
 from benchmarks.machine import machine, versions
 from benchmarks.processes import BenchmarkError
 
-PARTS = ("relay", "engine", "niceness", "loop", "memory", "loads")
+PARTS = ("relay", "engine", "niceness", "loop", "memory", "loads", "growth")
 MOST_CLIENTS = 256
 MOST_ROUNDS = 50
 MOST_SECONDS = 60.0
@@ -30,7 +31,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py", description="Benchmarks of the relay and of loads.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument(
-        "--rounds", type=_within(int, 1, MOST_ROUNDS), help="rounds of relay (5), engine (10) and loads (6)"
+        "--rounds", type=_within(int, 1, MOST_ROUNDS), help="rounds of relay (5), engine (10), loads (6) and growth (5)"
     )
     parser.add_argument("--seconds", type=_within(float, 0.1, MOST_SECONDS), help="of one window of relay (2.5)")
     parser.add_argument("--clients", type=_counts, help="numbers of clients of relay, as in 1,16,64")
@@ -91,6 +92,9 @@ def measure(part: str, given: argparse.Namespace) -> dict[str, Any]:
         )
     if part == "loads":
         return loads.measure(loads.Settings(rounds=given.rounds or (1 if given.quick else loads.Settings.rounds)))
+    if part == "growth":
+        usual_growth = growth.Settings(rounds=1, seconds=0.5, upstreams=(1, 2)) if given.quick else growth.Settings()
+        return growth.measure(replace(usual_growth, rounds=given.rounds or usual_growth.rounds))
     return memory.measure(memory.Settings(cycles=1) if given.quick else memory.Settings())
 
 

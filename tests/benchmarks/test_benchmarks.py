@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import bars, relay, report, run
+from benchmarks import bars, growth, relay, report, run
 from benchmarks.contenders import http_request
 from benchmarks.loadgen import Job
 from benchmarks.payloads import BROKEN, CHUNKS, DONE, chat_body, stream_events, wrong_stream
@@ -43,6 +43,19 @@ def test_bars() -> None:
         ("CPU per request, to bare, 16 clients", True),
         ("requests/s, to LiteLLM, 16 clients", False),
     ]
+
+
+def test_growth_figures() -> None:
+    figures = growth.measure(growth.Settings(rounds=1, seconds=0.4, warmup=0.1, upstreams=(1, 2)))
+
+    for cases in figures.values():
+        assert cases["1"]["to_one"] == 1.0
+        assert cases["2"]["chunks_per_s"] > cases["1"]["chunks_per_s"]
+    assert figures["llmkit"]["2"]["cpu_us_per_chunk"] > 0 == figures["direct"]["2"]["cpu_us_per_chunk"]
+    [bar] = bars.bars("growth", figures)
+    assert bar.value == figures["llmkit"]["2"]["to_one"]
+    [table] = report.tables("growth", figures)
+    assert "| llmkit, 2 upstreams | 32 |" in table.markdown()
 
 
 def test_broken_upstream_fails() -> None:

@@ -7,9 +7,9 @@ write files, and to open ports. What is not here cannot be asked for.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, StringConstraints
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, model_validator
 
 from llmkit.schemas import Strict
 
@@ -34,7 +34,44 @@ Length = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Gibibytes = Annotated[float, Field(ge=0, le=MAX_GIB, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TemplateValues = Annotated[dict[Name, bool | int | str], AfterValidator(_no_template), Field(max_length=64)]
+Resource = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_.:-]{0,63}$")]
+Amount = Annotated[float, Field(ge=0, le=MAX_BYTES, allow_inf_nan=False)]
 MediaLimits = dict[Literal["image", "video", "audio"], Annotated[int, Field(ge=0, le=10_000)]]
+
+
+class Replicas(Strict):
+    """How many copies of a model a cluster runs: between the two numbers, by how much is asked of it."""
+
+    min: int = Field(1, ge=0, le=1000)
+    max: int | None = Field(None, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError("max must not be less than min")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The greater number, also where only the other was given."""
+        return self.max or max(self.min, 1)
+
+
+class RayPlacement(Strict):
+    """A place on the Ray cluster that the operator has named."""
+
+    replicas: Replicas = Replicas()
+    resources: Annotated[dict[Resource, Amount], Field(min_length=1, max_length=16)] = Field(
+        default_factory=lambda: {"GPU": 1.0},
+        description='What each device of a replica takes of the cluster, in Ray\'s words, for example {"GPU": 1}.',
+    )
+
+
+class Placement(Strict):
+    """Where a model runs, if not on this machine."""
+
+    ray: RayPlacement
+    keep: bool = Field(default=False, description="Let it outlive the server, whose successor finds it again.")
 
 
 class VLLMArguments(Strict):
@@ -85,6 +122,10 @@ class VLLMArguments(Strict):
     enable_expert_parallel: bool | None = _option(
         "parallelism", "Share out the experts of a mixture of experts, not their layers."
     )
+    placement: Placement | None = _option(
+        "parallelism",
+        'Where it runs, if not on this machine: {"ray": {"replicas": {"min": 1, "max": 2}, "resources": {"GPU": 1}}}.',
+    )
     disable_custom_all_reduce: bool | None = _option(
         "parallelism", "Use NCCL where GPUs cannot reach each other's memory."
     )
@@ -129,7 +170,7 @@ class VLLMArguments(Strict):
     scheduling_policy: Literal["fcfs", "priority"] | None = _option("other", "Order of waiting requests.")
 
 
-NO_FLAGS: Final = frozenset({"api", "offline"})
+NO_FLAGS: Final = frozenset({"api", "offline", "placement"})
 """Arguments that llmkit itself acts on."""
 
 

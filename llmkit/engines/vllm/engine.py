@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from llmkit.demo import DEMO_MODEL_NAME, demo_model_path
-from llmkit.engines.base import Endpoint, EngineContext, EngineExit, LoadProgress, does_not_fit, sort_kwargs
+from llmkit.engines import ray
+from llmkit.engines.base import (
+    Cluster,
+    Endpoint,
+    EngineContext,
+    EngineExit,
+    LoadProgress,
+    does_not_fit,
+    sort_kwargs,
+)
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.log import LOG_TAIL_LINES, LogFollower, last_lines
 from llmkit.engines.vllm.arguments import VLLMArguments, to_flags
+from llmkit.engines.vllm.devices import processors_of, too_few_devices
 from llmkit.engines.vllm.environment import engine_environ
 from llmkit.engines.vllm.estimate import architectures_of, estimate, find_model, takes_images
 from llmkit.engines.vllm.failures import READ_LINES, explain
@@ -67,6 +77,8 @@ class VLLMEngineType:
         What is run with the arguments of ``vllm``, ``serve`` first.
     environ
         The server's environment.
+    ray_command
+        What is run for a model that is placed on a Ray cluster.
     """
 
     name = "vllm"
@@ -77,8 +89,10 @@ class VLLMEngineType:
         self,
         command: Sequence[str] = LAUNCH_COMMAND,
         environ: Mapping[str, str] = os.environ,
+        ray_command: Sequence[str] = ray.COMMAND,
     ) -> None:
         self._command = tuple(command)
+        self._ray_command = tuple(ray_command)
         self._environ = environ
         self._launcher = Launcher(lambda run_dir: engine_environ(environ, run_dir))
 
@@ -100,6 +114,15 @@ class VLLMEngineType:
             )
         return None
 
+    def unavailable_for(self, configuration: Configuration, cluster: Cluster | None) -> LLMKitError | None:
+        """Say why this model cannot be loaded here, on the cluster or on this machine, or None."""
+        given = sort_kwargs(self, configuration.model_kwargs).engine
+        if ray.is_placed(given):
+            return ray.unavailable(cluster)
+        return self.unavailable() or too_few_devices(
+            VLLMArguments.model_validate(given), self._environ, gpu=_uses_gpu()
+        )
+
     def check(self, configuration: Configuration) -> None:
         """Raise `DoesNotFit` where names or arguments cannot be handed to vLLM, or do not go together."""
         arguments = sort_kwargs(self, configuration.model_kwargs).engine
@@ -110,6 +133,9 @@ class VLLMEngineType:
             details.append({"path": "model_id", "message": "vLLM takes `None` for no name; choose another"})
         if arguments.get("enable_auto_tool_choice") and not arguments.get("tool_call_parser"):
             details.append({"path": "model_kwargs.enable_auto_tool_choice", "message": "needs tool_call_parser"})
+        if ray.is_placed(arguments) and arguments.get("data_parallel_size", 1) > 1:
+            message = "does not go with a place on a Ray cluster; ask for placement.ray.replicas"
+            details.append({"path": "model_kwargs.data_parallel_size", "message": message})
         if details:
             raise does_not_fit(details)
 
@@ -125,6 +151,8 @@ class VLLMEngineType:
     def estimate(self, configuration: Configuration) -> MemoryEstimate | None:
         """Say what a load will take, by the model's files. Reads some of them."""
         given = sort_kwargs(self, configuration.model_kwargs).engine
+        if ray.is_placed(given):
+            return None
         arguments = _arguments(configuration.model_name, self._environ, given)
         return estimate(self._path_of(configuration), arguments, gpu=_uses_gpu())
 
@@ -143,9 +171,14 @@ class VLLMEngineType:
         revision = sort_kwargs(self, configuration.model_kwargs).engine.get("revision")
         return find_model(configuration.model_name, revision, self._environ)
 
-    def create(self, configuration: Configuration, context: EngineContext) -> VLLMEngine:
+    def create(self, configuration: Configuration, context: EngineContext) -> VLLMEngine | ray.RayEngine:
         """Make the engine of one load."""
         given = sort_kwargs(self, configuration.model_kwargs).engine
+        if ray.is_placed(given):
+            is_demo = configuration.model_name == DEMO_MODEL_NAME
+            arguments = VLLMArguments.model_validate({**(DEMO_DEFAULTS if is_demo else {}), **given})
+            source = str(demo_model_path()) if is_demo else configuration.model_name
+            return ray.RayEngine(configuration, context, source, arguments, self._environ, self._ray_command)
         return VLLMEngine(configuration, context, given, self._command, self._environ, self._launcher)
 
     # -- what makes a load quicker -------------------------------------------------------------------------
@@ -258,13 +291,18 @@ class VLLMEngine:
             gpus=self._gpus,
             offline=bool(self._arguments.offline),
             sets_kv_cache=self._arguments.kv_cache_memory_bytes is not None,
+            processors=None if _uses_gpu() else processors_of(self._arguments),
         )
 
     def _use(self, run_dir: Path, kept: KeptProcess) -> None:
         """Note which process is the engine's, and where."""
         self._run_dir, self._kept = run_dir, kept
         self._endpoint = Endpoint(
-            base_url="http://engine/v1", root_url="http://engine", uds=run_dir / SOCKET_NAME, model=self._model_id
+            base_url="http://engine/v1",
+            root_url="http://engine",
+            extras=frozenset({"metrics", "tokenize"}),
+            uds=run_dir / SOCKET_NAME,
+            model=self._model_id,
         )
 
     async def _launch(self) -> Literal["standby", "plain", "fallback"]:

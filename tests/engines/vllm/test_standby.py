@@ -20,6 +20,7 @@ from llmkit.demo import DEMO_MODEL_NAME
 from llmkit.engines.base import EngineContext, LoadProgress
 from llmkit.engines.http import EngineHTTP
 from llmkit.engines.vllm import tested
+from llmkit.engines.vllm.devices import processors
 from llmkit.engines.vllm.engine import VLLMEngine, VLLMEngineType
 from llmkit.engines.vllm.launcher import SOCKET_NAME
 from llmkit.process.guardian import RECORD, marked, name_of
@@ -148,18 +149,46 @@ async def test_an_engine_of_a_standby_is_as_one_of_vllm_serve(run_root: Path) ->
     assert pss < plain_pss
 
 
-async def test_several_workers_are_forked_too(run_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("two workers want a processor each")
-    first, second, *_ = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
+two_processors = pytest.mark.skipif(len(processors()) < 2, reason="two workers want a processor each")
+
+
+def affinities(engine: VLLMEngine) -> list[set[int]]:
+    """Give the processors of each worker."""
+    workers = [p for p in marked(engine.engine_id) if name_of(p.pid).startswith("VLLM::Worker")]
+    return sorted((os.sched_getaffinity(worker.pid) for worker in workers), key=min)
+
+
+def halves() -> list[set[int]]:
+    there = processors()
+    half = len(there) // 2
+    return [set(there[:half]), set(there[half : 2 * half])]
+
+
+@two_processors
+async def test_several_workers_are_forked_too(run_root: Path) -> None:
     engine_type = VLLMEngineType()
     await have_standby(engine_type, run_root / "s")
     async with loaded(engine_type, run_root / "e", tensor_parallel_size=2) as (engine, http, reports):
         assert [one.launch for one in reports if one.launch] == ["standby"]
         assert await ask(http, QUESTION) == ANSWER
-        workers = [p for p in marked(engine.engine_id) if name_of(p.pid).startswith("VLLM::Worker")]
-        assert sorted(os.sched_getaffinity(worker.pid) for worker in workers) == [{first}, {second}]
+        assert affinities(engine) == halves()
+
+
+@two_processors
+async def test_copies_of_a_model_share_the_requests(run_root: Path) -> None:
+    async with loaded(VLLMEngineType(), run_root / "e", data_parallel_size=2) as (engine, http, _):
+        assert await asyncio.gather(*(ask(http, QUESTION) for _ in range(8))) == [ANSWER] * 8
+        assert affinities(engine) == halves()
+        figures = await metrics(http)
+        assert {line.split('engine="')[1][0] for line in figures if line.startswith("vllm:request_success")} == {
+            "0",
+            "1",
+        }
+
+
+async def metrics(http: EngineHTTP) -> list[str]:
+    async with http.open("//metrics", method="GET") as response:
+        return (await response.text()).splitlines()
 
 
 async def test_a_failure_of_vllm_reads_as_ever(run_root: Path) -> None:
