@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 from support import FOREIGN_VARIABLES, IN_CI, MARKERS, JupyterServer, missing
 
 pytest_plugins = ["pytest_jupyter.jupyter_server"]
+
+# Hypothesis would fail what takes more than 200 ms once: that is how busy the machine is, and not what is tested.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
+
+# In a process of pytest-xdist the main module has no `__spec__`, and multiprocessing asks for it to start another.
+vars(sys.modules["__main__"]).setdefault("__spec__", None)
 
 
 class LoadedModel(NamedTuple):

@@ -185,6 +185,7 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
     assert loaded_by(f"import {package}") & HEAVY == set()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("package", ["llmkit", "jupyter_server_ext"])
 def test_importing_a_package_is_quick(package: str) -> None:
     code = f"import time; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -241,37 +243,64 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the runner of the tiers run a folder of three small tests."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  browser: b\n")
+    """Let the runner of the tiers run a folder of four small tests."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  vllm: a\n  browser: b\n  alone: c\n")
     (tmp_path / "test_small.py").write_text(
-        "import pytest\n"
-        "def test_quick(): pass\n"
+        "import os, pytest\n"
+        "def test_quick(): assert 'PYTEST_XDIST_WORKER' in os.environ\n"
+        "@pytest.mark.alone\ndef test_measure(): assert 'PYTEST_XDIST_WORKER' not in os.environ\n"
         "@pytest.mark.vllm\ndef test_real(): pass\n"
         "@pytest.mark.browser\n@pytest.mark.vllm\ndef test_seen(): pytest.skip('no browser')\n"
     )
     monkeypatch.setattr(tiers, "REPOSITORY", tmp_path)
     monkeypatch.setattr(tiers, "provide_programs", lambda: None)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # nine starts of pytest should be quick ones
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # twelve starts of pytest should be quick ones
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     return tmp_path
 
 
 def test_every_tier_is_timed_and_counted_in_the_last_line(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert tiers.main([]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-4:-1]] == ["fast", "vllm", "browser"]
-    assert lines[-1] == "2 passed, 0 failed, 1 skipped"
+    assert [line.split()[0] for line in lines[-5:-1]] == ["fast", "alone", "vllm", "browser"]
+    assert lines[-1] == "3 passed, 0 failed, 1 skipped"
 
 
 def test_a_failure_in_any_tier_is_a_failure_of_all(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with (small_tiers / "test_small.py").open("a") as tests:
         tests.write("@pytest.mark.browser\ndef test_wrong(): assert False\n")
     assert tiers.main([]) == 1
-    assert capfd.readouterr().out.splitlines()[-1] == "2 passed, 1 failed, 1 skipped"
+    assert capfd.readouterr().out.splitlines()[-1] == "3 passed, 1 failed, 1 skipped"
 
 
 def test_running_no_test_at_all_is_a_failure(small_tiers: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert tiers.main(["-k", "nothing_has_this_name"]) == 1
     assert capfd.readouterr().out.splitlines()[-1] == "0 passed, 0 failed, 0 skipped"
+
+
+def test_ctrl_c_ends_every_process_of_the_tests_and_what_they_have_started(small_tiers: Path) -> None:
+    for name in "ab":
+        (small_tiers / f"test_slow_{name}.py").write_text(
+            "import pathlib, pytest, time\n"
+            f"@pytest.fixture\ndef server():\n  pathlib.Path('{name}').touch()\n  yield\n"
+            f"  time.sleep(1)\n  pathlib.Path('{name}').unlink()\n"
+            "def test_slow(server): time.sleep(120)\n"
+        )
+    code = f"import pathlib, tiers; tiers.REPOSITORY = pathlib.Path({str(small_tiers)!r}); tiers.run('fast', [])"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")}
+    # A session of its own, as a terminal's: Ctrl+C is a signal to all of it.
+    running = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    started = [small_tiers / "a", small_tiers / "b"]
+    try:
+        wait_until(lambda: all(path.exists() for path in started), "both tests", 60)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(60) != 0
+        assert not any(path.exists() for path in started)
+        wait_until(lambda: not processes_using(small_tiers), "the end of all processes", 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
 
 
 @pytest.mark.vllm

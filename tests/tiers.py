@@ -1,7 +1,8 @@
 """Run every test in tiers, each a pytest process of its own: ``python tests/tiers.py [pytest arguments]``.
 
-The quick tier comes first. Real engines and browsers come later and one after the other, because together they
-would starve each other on a small machine. The last line counts all tiers; the exit status is 0 if all passed.
+The quick tier comes first, in two processes (pytest-xdist), because most of its time is waiting. What measures the
+machine itself, real engines and browsers come later and one after the other, because together they would starve
+each other on a small machine. The last line counts all tiers; the exit status is 0 if all passed.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from support import PROXY_FOLDER, proxy_of_jupyterhub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIERS = {
-    "fast": "not vllm and not browser",
+    "fast": "not vllm and not browser and not alone",
+    "alone": "alone and not vllm and not browser",
     "vllm": "vllm and not browser",
     "browser": "browser",
 }
+# The tests of a file stay in one process, so that they share its servers. The order of the files stays too: xdist would
+# begin those of few tests last, which take longest, and one process would wait for the other.
+OPTIONS = {"fast": ["-p", "xdist", "--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]}
 NO_TESTS = 5  # pytest's exit status when it selected none
+INTERRUPT_SECONDS = 60
+"""So long pytest may take to end its servers after Ctrl+C."""
 
 DEBIAN_PACKAGES = {"chromium": ["chromium", "fonts-liberation"], "curl": ["curl"]}
 """Programs that tests drive, and the Debian packages that have them."""
@@ -113,8 +120,14 @@ def run(tier: str, arguments: list[str]) -> tuple[int, Counter[str]]:
     """Run one tier; give pytest's exit status and the counts of passed, failed and skipped tests."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", TIERS[tier], f"--junit-xml={report}", *arguments]
-        status = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+        options = ["-m", TIERS[tier], *OPTIONS.get(tier, []), f"--junit-xml={report}"]
+        with subprocess.Popen([sys.executable, "-m", "pytest", *options, *arguments], cwd=REPOSITORY) as pytest:
+            try:
+                status = pytest.wait()
+            except KeyboardInterrupt:
+                # Ctrl+C has reached pytest and its processes, too; killed now, they would leave their servers.
+                pytest.wait(INTERRUPT_SECONDS)
+                raise
         return status, count(report)
 
 

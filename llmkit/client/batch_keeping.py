@@ -52,10 +52,11 @@ class Keeper:
 
     async def close(self) -> None:
         """Let what has come be written; what cannot be within some seconds is given up."""
-        if self._writer is not None:
-            await asyncio.wait({self._writer}, timeout=CLOSING_SECONDS)
-            self._writer.cancel()
-            await asyncio.wait({self._writer})
+        writer = self._writer  # it forgets itself when it ends
+        if writer is not None:
+            await asyncio.wait({writer}, timeout=CLOSING_SECONDS)
+            writer.cancel()
+            await asyncio.wait({writer})
 
     async def _write(self) -> None:
         failed: BaseException | None = None

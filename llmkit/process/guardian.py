@@ -228,8 +228,7 @@ def end_all(
     seen: set[Process] = set()
     # A look misses a process whose parent ends just then, and which has another one when the look comes to it.
     while left := find() or [process for process in seen if is_alive(process)]:
-        if not seen:
-            mapped |= shared_memory(left)
+        mapped |= shared_memory(process for process in left if process not in seen)
         seen.update(left)
         waited = time.monotonic() - began
         if bound is not None and waited > bound:

@@ -10,6 +10,8 @@ from benchmarks.loadgen import Job
 from benchmarks.payloads import BROKEN, CHUNKS, DONE, chat_body, stream_events, wrong_stream
 from benchmarks.processes import BenchmarkError, Generator, Upstream
 
+pytestmark = pytest.mark.alone
+
 QUICK = relay.Settings(rounds=1, seconds=0.3, warmup=0.05, clients=(2,), contenders=("upstream", "bare", "llmkit"))
 
 

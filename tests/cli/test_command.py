@@ -27,6 +27,7 @@ def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.alone
 def test_the_help_is_there_at_once_and_names_every_command() -> None:
     seconds = []
     for _ in range(5):

@@ -589,6 +589,7 @@ def test_a_second_press_on_the_stop_button_does_not_leave_what_is_being_written(
         with pytest.raises(Stopped, match="6 of 20 rows are finished"):
             ask(client, data, "{n}", concurrency=1)
         pressing[0].join()
+    echo.script = None
     assert ask(client, data, "{n}")["error"].isna().all()
     assert echo.asked["5"] == 1
 

@@ -24,7 +24,7 @@ from echo_upstream import Echo
 from fake_engine_type import PLUGIN
 from support import REPOSITORY, JupyterServer, scaled, wait_until
 
-from llmkit.client import Client, batch_asking, connect
+from llmkit.client import Client, batch_asking, batch_server, connect
 from llmkit.errors import LLMKitError, TimedOut, WrongState
 
 PROGRAM = REPOSITORY / "tests" / "batch_program.py"
@@ -217,12 +217,16 @@ def test_without_the_other_token_the_error_says_so_and_finished_rows_are_kept(
     echo: Echo, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = pd.DataFrame({"n": range(100)})
+    begun = time.monotonic()
     with JupyterServer("server", port=port) as server, connect(server.url, server.token) as client:
+        patience = 2 + 3 * (time.monotonic() - begun)  # it outlasts the next start, however slow the machine is
         configure(client, echo)
         monkeypatch.setenv("LLMKIT_SERVER_URL", server.url)
         monkeypatch.setenv("LLMKIT_TOKEN", server.token)
         file = tmp_path / "b.jsonl"
-        running = InThread(lambda: client.map(data, "{n}", model="one", checkpoint=file, progress=False, patience=6))
+        running = InThread(
+            lambda: client.map(data, "{n}", model="one", checkpoint=file, progress=False, patience=patience)
+        )
         wait_until(lambda: len(echo.asked) > 20, "some answers")
         start_with_another_token(server)
         with pytest.raises(LLMKitError) as caught:
@@ -284,6 +288,15 @@ def test_no_answer_of_a_changed_configuration_is_kept_for_the_old_one(
     later: set[str] = set()
     kwargs = {"base_url": echo.base_url, "max_retries": 0}
     wait = batch_asking.Asking.wait
+    check = batch_server.BatchServer.check
+    changed = threading.Event()
+
+    async def check_late(self: batch_server.BatchServer) -> None:
+        # A look between the change and the next request would end the batch before anything is asked with what is new.
+        async with asyncio.timeout(30):
+            while changed.is_set() and not later:
+                await asyncio.sleep(0.005)
+        await check(self)
 
     def press_stop(self: batch_asking.Asking, seconds: float) -> bool:
         if stopped and later:
@@ -291,6 +304,7 @@ def test_no_answer_of_a_changed_configuration_is_kept_for_the_old_one(
         return wait(self, 0.002 if stopped else seconds)
 
     monkeypatch.setattr(batch_asking.Asking, "wait", press_stop)
+    monkeypatch.setattr(batch_server.BatchServer, "check", check_late)
     with connect(server.url, server.token) as client:
         # One runs at a time: the others are in the queue when it is changed, and go with what it is then.
         configure(client, echo, max_in_flight=1, max_queued=100)
@@ -300,6 +314,7 @@ def test_no_answer_of_a_changed_configuration_is_kept_for_the_old_one(
                 later.add(prompt)
             elif len(echo.asked) == 20:
                 # A default of the generation: the model stays loaded, and no request fails.
+                changed.set()
                 await asyncio.to_thread(client.update, "one", model_kwargs={**kwargs, "top_p": 0.5})
 
         echo.script = change

@@ -31,6 +31,7 @@ def test_a_check_of_a_replacement_names_the_configuration(client: Client) -> Non
     assert client.configuration(made.config_id) == made
 
 
+@pytest.mark.alone
 def test_a_check_is_quick_enough_for_somebody_who_types(client: Client) -> None:
     seconds = []
     for size in range(20):

@@ -196,6 +196,7 @@ def test_no_server_says_everything_that_was_tried_and_how_to_start_one(
     assert "llmkit.start()" in said
 
 
+@pytest.mark.alone
 def test_twenty_stale_files_cost_no_time(fake: Any, runtime: Path) -> None:
     write_server_file(runtime, fake.url, os.getpid())
     for number in range(20):

@@ -169,12 +169,14 @@ def seconds_for(size: int, piece: int, block: bytes) -> float:
     return best
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("block", [b"x", b"data: x\n", b"data: x\r\n"], ids=["line", "lf", "crlf"])
 def test_a_large_event_in_tiny_pieces_takes_time_in_proportion_to_its_size(block: bytes) -> None:
     small, large = seconds_for(32 << 10, 8, block), seconds_for(1 << 20, 8, block)
     assert large < 32 * small * 5, f"{large / small:.0f} times as long for 32 times as much"
 
 
+@pytest.mark.alone
 def test_many_small_events_in_pieces_that_end_within_one_take_time_in_proportion() -> None:
     def seconds(count: int) -> float:
         stream = b"data: 12345678\n\n" * count

@@ -129,6 +129,7 @@ def test_no_text_makes_the_look_at_patterns_and_grammars_fail(text: str) -> None
         assert fault is None or re.match("repeats|has groups", fault)
 
 
+@pytest.mark.alone
 def test_a_look_at_a_usual_request_costs_microseconds_and_at_the_largest_little() -> None:
     plain = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "temperature": 0.5}
     agent = {**plain, "tools": [TOOL] * 10}

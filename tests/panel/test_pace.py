@@ -30,6 +30,7 @@ def test_no_text_is_lost_and_the_messages_are_few() -> None:
     assert len(batches) <= 30 * seconds + 1
 
 
+@pytest.mark.alone
 def test_the_first_piece_comes_at_once_and_a_pause_holds_nothing_back() -> None:
     more = threading.Event()
 

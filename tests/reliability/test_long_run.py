@@ -19,6 +19,7 @@ import long_run_figures as figures  # noqa: E402
 SHORT = long_run.Settings(seconds=10.0, warm_up=5.0, interval=0.5)
 
 
+@pytest.mark.alone
 def test_a_short_run_does_all_kinds_of_work_and_nothing_grows() -> None:
     told = long_run.run(SHORT)
     print("\n" + figures.table({name: told[name] for name in ("rest_before", "rest_after")}) + f"\n{told['done']}")
@@ -37,6 +38,7 @@ def test_a_short_run_does_all_kinds_of_work_and_nothing_grows() -> None:
     assert [words for words in told["findings"] if not words.startswith("in work")] == []
 
 
+@pytest.mark.alone
 def test_a_leak_is_found() -> None:
     told = long_run.run(long_run.Settings(seconds=8.0, warm_up=2.0, interval=0.2, rest=4.0, env={"PROBE_LEAKS": "1"}))
     found = "\n".join(told["findings"])

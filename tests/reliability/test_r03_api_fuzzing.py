@@ -103,6 +103,7 @@ def connections_are_closed() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.mark.alone
 def test_r03_every_answer_is_one_that_the_document_promises() -> None:
     arguments = [f"--LLMKitApp.configurations={one!r}" for one in DECLARED]
     cases: Counter[str] = Counter()

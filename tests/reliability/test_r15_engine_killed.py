@@ -22,7 +22,7 @@ from llmkit.registry import policies
 from llmkit.registry.registry import ModelRegistry, Settings
 from llmkit.schemas import InferenceRequest, ModelConfigRequest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")]
 
 KILLS = scaled(50)
 STREAMS = 4

@@ -12,7 +12,7 @@ from relayed import RawClient, Relayed, relayed
 from scripted_upstream import prompt
 from support import wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")]
 
 TRIES = 3
 """Other programs of the machine can be in the way; the best of so many counts, and all are printed."""

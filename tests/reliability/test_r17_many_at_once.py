@@ -17,7 +17,7 @@ from relayed import MODEL_ID, PATHS, Relayed, body_of, relayed
 from scripted_upstream import prompt, word
 from support import scaled
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sockets are counted for Linux")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="sockets are counted for Linux")]
 
 STREAMS = scaled(200)
 CHUNKS = 64

@@ -14,7 +14,7 @@ from relayed import RawClient, Relayed, relayed
 from scripted_upstream import prompt
 from support import scaled
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")]
 
 CLIENTS = scaled(20)
 MOST_KIB = 256.0

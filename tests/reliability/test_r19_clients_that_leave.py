@@ -15,7 +15,7 @@ from relayed import API, PATHS, RawClient, Relayed, Way, body_of, relayed
 from scripted_upstream import prompt
 from support import scaled
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are counted in /proc")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="open files are counted in /proc")]
 
 WAYS: tuple[Way, ...] = ("FIN", "RST", "half-close")
 MOMENTS = ("before the first token", "in the middle", "between tokens", "near the end", "before a plain answer")

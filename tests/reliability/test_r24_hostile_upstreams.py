@@ -22,7 +22,7 @@ from relayed import API, PATHS, Relayed, body_of, relayed
 from scripted_upstream import prompt
 from support import scaled
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")]
 
 EACH = scaled(20)
 AT_ONCE = 10
