@@ -28,6 +28,7 @@ from support import ANSWER, LOAD_SECONDS, REPOSITORY, STOP_SECONDS, JupyterServe
 from traitlets.config import Config
 
 from jupyter_server_ext.app import LLMKitApp
+from llmkit.client import connect
 from llmkit.demo import demo_model_path
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kept on Linux only")
@@ -42,11 +43,12 @@ TERMINAL = block("README.md", "In a terminal", "bash")
 ERROR = block("docs/http.md", "The HTTP API", "json")
 SETTINGS = [one for one in BLOCKS if one.page == "docs/operators.md" and one.language == "python"]
 KEYS = block("docs/operators.md", "Keys for tools", "bash")
-CELLS = [one for one in BLOCKS if one.language == "python" and one not in (OPENAI, *SETTINGS)]
+SCALING = [one for one in BLOCKS if one.page == "docs/scaling.md"]
+CELLS = [one for one in BLOCKS if one.language == "python" and one not in (OPENAI, *SETTINGS, *SCALING)]
 
 
 def test_every_block_is_run_by_a_test_of_this_module() -> None:
-    run = [CLONE, INSTALL, OPENAI, CURL, TERMINAL, ERROR, *SETTINGS, KEYS, *CELLS]
+    run = [CLONE, INSTALL, OPENAI, CURL, TERMINAL, ERROR, *SETTINGS, KEYS, *SCALING, *CELLS]
     assert [one for one in BLOCKS if one not in run] == []
     assert len(BLOCKS) >= 12
     assert {one.page for one in CELLS} == {"README.md", "docs/notebooks.md", "docs/lifecycle.md"}
@@ -275,6 +277,18 @@ def assert_says(answer: Any, written: Any) -> None:
                 assert_says(answer[key], value)
     else:
         assert re.fullmatch(".+".join(map(re.escape, str(written).split("..."))), str(answer)), (answer, written)
+
+
+def test_models_for_several_devices_and_for_a_cluster_are_configured_as_written() -> None:
+    several, cluster, placed = (one.text for one in SCALING)
+    config = Config()
+    exec(cluster, {"c": config})  # noqa: S102  # as Jupyter reads it
+    assert config.LLMKitApp.keys() == {"ray_address", "ray_http_url"}
+    server = JupyterServer("llmkit")
+    (server.folder / "config" / "jupyter_llmkit_config.py").write_text(cluster)
+    with server, connect(server.url, server.token) as client:
+        exec(several + placed, {"client": client})  # noqa: S102  # as a cell runs it
+        assert [one.model_id for one in client.configurations()] == ["big", "busy", "shared"]
 
 
 def test_the_settings_of_an_operator_are_obeyed() -> None:

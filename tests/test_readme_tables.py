@@ -87,7 +87,7 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
 
 def spoken(value: Any) -> str:
     """Say a default as the table says it."""
-    if value is Undefined or value in ([], {}):
+    if value is Undefined or value in ([], {}, ""):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
