@@ -45,7 +45,8 @@ bench: $(READY)  ## the benchmarks, in about 20 minutes: table and plot in tests
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 soak: $(READY)  ## the tests of reliability, N times as long (10 if not said), with their figures
-	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability tests/engines/vllm/test_standby.py $(ARGS)
+	LLMKIT_SOAK=$(N) $(BIN)/python -m pytest -s --timeout=0 tests/reliability tests/engines/vllm/test_standby.py \
+	  tests/jupyter_server_ext/test_hub_class.py $(ARGS)
 
 long-run: $(READY)  ## mixed work for MINUTES (20) on ENGINE (fake or vllm); figures and plot in tests/reliability/results
 	$(BIN)/python tests/reliability/long_run.py --minutes=$(MINUTES) --engine=$(ENGINE) $(ARGS)

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -227,6 +228,10 @@ class LLMKitApp(ExtensionApp):
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         if serverapp.starter_app is self:
             self._print_curl_line()
+            # JupyterHub ends services with it first, and Jupyter minds it in a terminal alone: elsewhere the server
+            # would be torn out of whatever it does, and tell no engine.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, lambda *_: serverapp.stop(from_signal=True))
         if self.owner_pid:
             self._owner_watch = asyncio.create_task(self._end_with_owner(), name="llmkit owner")
         try:

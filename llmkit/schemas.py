@@ -251,6 +251,10 @@ class Download(Wire):
     eta_seconds: float | None = None
 
 
+Refusable = Literal["unload", "update", "delete"]
+"""What only some people may do to a model that they share."""
+
+
 class Model(Wire):
     """The live side of a configuration."""
 
@@ -279,6 +283,8 @@ class Model(Wire):
     """Who has made the configuration, on a server that many people share."""
     loaded_by: str | None = None
     """Who has loaded the model there; None also if a request did, or the server."""
+    refuses: dict[Refusable, str] | None = None
+    """What the server would refuse there to who asks, and why; None where it says nothing of it, as in events."""
     error: ModelError | None = None
 
 
@@ -547,6 +553,8 @@ class UsageList(Wire):
     limits: dict[str, int]
     """``requests_per_minute`` and the like, for everybody but administrators; what is not named is not limited."""
     left: dict[str, int]
+    kept: bool = True
+    """Whether the server keeps usage at all: one that tells no people apart does not."""
 
 
 ANSWER_MAY_LACK: Final = ("reasoning", "tool_calls", "logprobs", "cost")

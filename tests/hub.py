@@ -73,6 +73,8 @@ class Hub:
         Opens the Hub's API and every user's server.
     hub_port
         Of the Hub's API, without the proxy.
+    killed
+        Processes that did not end with it, and were killed.
     """
 
     def __init__(self, config: str = "") -> None:
@@ -103,6 +105,7 @@ class Hub:
             headers={"Authorization": f"token {self.token}"}, timeout=REQUEST_SECONDS, trust_env=False
         )
         self._process: subprocess.Popen[bytes] | None = None
+        self.killed: list[psutil.Process] = []
 
     def __enter__(self) -> Self:
         environment = {
@@ -145,16 +148,18 @@ class Hub:
 
     def close(self) -> None:
         """End the Hub, its proxy and all servers, and remove the folders."""
-        process, self._process = self._process, None
         try:
-            if process is not None:
-                self._end(process)
+            self.stop()
         finally:
             self._http.close()
             shutil.rmtree(self.run_dir, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
+    def stop(self) -> None:
+        """End the Hub, its proxy and all servers; the folders stay."""
+        process, self._process = self._process, None
+        if process is None:
+            return
         tree: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
             tree = psutil.Process(process.pid).children(recursive=True)
@@ -166,6 +171,7 @@ class Hub:
             process.wait()
         _, alive = psutil.wait_procs(tree, timeout=5)
         for one in {*alive, *processes_using(self.folder), *processes_using(self.run_dir)}:
+            self.killed.append(one)
             with contextlib.suppress(psutil.Error):
                 one.kill()
 

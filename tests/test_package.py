@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are kep
 
 EXAMPLE_ENGINE = REPOSITORY / "tests" / "example_engine"
 SECONDS = 180
-NOT_IMPORTED = r"__main__|vllm\.(launch|hub|standby|warm)"
+NOT_IMPORTED = r"__main__|ray_application|vllm\.(launch|hub|standby|warm)"
 """Programs."""
 
 

@@ -86,7 +86,7 @@ class ModelsHandler(LLMHandler):
     async def get(self) -> None:
         """Answer the live state of every model."""
         registry = await self.registry()
-        self.answer(registry.snapshot())
+        self.answer(registry.snapshot(self.person))
 
 
 class ModelHandler(LLMHandler):
@@ -100,4 +100,4 @@ class ModelHandler(LLMHandler):
     async def get(self, model_id: str) -> None:
         """Answer the live state of one model."""
         registry = await self.registry()
-        self.answer(registry.model(model_id))
+        self.answer(registry.model(model_id, self.person))

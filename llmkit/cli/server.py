@@ -1,4 +1,4 @@
-"""What there is: ``llmkit status``, ``ps`` and ``logs``."""
+"""What there is: ``llmkit status``, ``ps``, ``usage`` and ``logs``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.set_defaults(run=status)
     command = commands.add_parser("ps", parents=[shared], help="live models: memory, requests, expiry")
     command.set_defaults(run=ps)
+    command = commands.add_parser("usage", parents=[shared], help="who has used how much of a shared server, by day")
+    command.add_argument("--csv", action="store_true", help="print a table for a spreadsheet")
+    command.set_defaults(run=usage)
     command = commands.add_parser("logs", parents=[shared], help="the log of a model's engine")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("-f", "--follow", action="store_true", help="go on with each new line, until Ctrl+C")
@@ -96,6 +99,31 @@ def ps(arguments: argparse.Namespace) -> int:
             for model in models
         ]
         print_table(columns, rows)
+    return 0
+
+
+def usage(arguments: argparse.Namespace) -> int:
+    """Say who has used how much, as far as one may see it, and what is left of one's limits."""
+    from llmkit.client import connect
+    from llmkit.client.usage import COLUMNS, describe_left
+
+    with connect(arguments.url) as client:
+        told = client.usage()
+        if arguments.csv and not arguments.json:
+            response = client.connection.raw("GET", "llm/usage.csv")
+            if not response.is_success:
+                raise client.connection.error_of(response)
+            write(response.text)
+            return 0
+    if arguments.json:
+        print_json({"usage": [one.model_dump() for one in told], "limits": told.limits, "left": told.left})
+        return 0
+    if told:
+        print_table(COLUMNS, [[str(value) for value in one.model_dump().values()] for one in told])
+    else:
+        print("Nothing was asked yet.")
+    if left := describe_left(told.limits, told.left):
+        print(left)
     return 0
 
 

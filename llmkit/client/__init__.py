@@ -11,6 +11,7 @@ from llmkit.client.results import Answer, Configuration, Model, ModelList, Model
 from llmkit.client.starting import start
 from llmkit.client.streaming import AnswerStream, Piece
 from llmkit.client.transfer import ImportedList
+from llmkit.client.usage import Usage
 from llmkit.tool_keys import NewToolKey, ToolKey
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "NewToolKey",
     "Piece",
     "ToolKey",
+    "Usage",
     "Watcher",
     "connect",
     "start",

@@ -216,6 +216,7 @@ class AsyncClient:
     unload = _awaited(Client.unload)
     cancel = _awaited(Client.cancel)
     requests = _awaited(Client.requests)
+    usage = _awaited(Client.usage)
     map = _awaited(Client.map)
     compare = _awaited(Client.compare)
     conversations = _awaited(Client.conversations)

@@ -20,8 +20,9 @@ from llmkit.client.results import Answer
 from llmkit.client.streaming import AnswerStream
 from llmkit.client.tables import Tables
 from llmkit.client.tool_keys import ToolKeys
+from llmkit.client.usage import Usage
 from llmkit.errors import LLMKitError
-from llmkit.schemas import RequestList
+from llmkit.schemas import RequestList, UsageList
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -207,6 +208,31 @@ class Client(Configurations, Models, Tables, Conversations, ToolKeys):
         """
         params = {"limit": limit, **({"model_id": model_id} if model_id is not None else {})}
         return RequestList.model_validate(self.connection.call("GET", "llm/requests/", params=params))
+
+    def usage(self) -> Usage:
+        """Give requests and tokens by day, user and model, and what is left of your limits, where many share a server.
+
+        Administrators see everybody's, others their own.
+
+        Returns
+        -------
+        Usage
+            Shows as a table; ``to_frame()`` makes one of pandas.
+
+        Raises
+        ------
+        NotSupported
+            If the server keeps no usage, since it tells no people apart; one of your own does not.
+
+        Examples
+        --------
+        >>> client.usage()
+        Traceback (most recent call last):
+        llmkit.errors.NotSupported: http://127.0.0.1:... tells no people apart, so it keeps no usage and has no budgets.
+        client.requests gives what ran; usage is kept by a server that many share under JupyterHub.
+        """
+        told = UsageList.model_validate(self.connection.call("GET", "llm/usage/"))
+        return Usage.read(told, self.place)
 
     # -- other faces -------------------------------------------------------------------------------------------
 

@@ -240,6 +240,11 @@ def candidates(url: str | None, environ: Mapping[str, str], *, shared: bool | No
         yield from _running(folder, skip=tried)
 
 
+def names_shared(environ: Mapping[str, str]) -> bool:
+    """Say whether a Hub names a registry that many people share, beside one's own."""
+    return bool(environ.get("LLMKIT_SHARED_URL"))
+
+
 def _trust(environ: Mapping[str, str]) -> bool | str:
     text = environ.get("LLMKIT_VERIFY", "")
     return text.lower() not in ("0", "false", "no") and (text or True)

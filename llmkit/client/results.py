@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from html import escape
@@ -220,21 +220,12 @@ class ModelList(list[Model]):
     def __repr__(self) -> str:
         if not self:
             return "No models yet: client.configure('demo', 'llmkit/demo', 'vllm') makes one."
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return text_table(self._rows())
 
     def _repr_html_(self) -> str:
         if not self:
             return f"<p>{escape(repr(self))}</p>"
-        head, *rows = self._rows()
-        titles = "".join(f'<th scope="col" style="text-align: left">{name}</th>' for name in head)
-        body = "".join(
-            "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in row) + "</tr>"
-            for row in rows
-        )
-        return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+        return html_table(self._rows())
 
     def _rows(self) -> list[list[str]]:
         """Give head and rows without the columns that are empty."""
@@ -267,6 +258,30 @@ class ModelType(Wire):
     arguments: dict[str, Any]
     generation: dict[str, Any]
     table: dict[str, str]
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Set rows, the first of which is the head, in columns.
+
+    Examples
+    --------
+    >>> print(text_table([("user", "tokens"), ("ada", "12")]))
+    user  tokens
+    ada   12
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Make a table of rows, the first of which is the head."""
+    head, *rest = rows
+    titles = "".join(f'<th scope="col" style="text-align: left">{escape(name)}</th>' for name in head)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rest
+    )
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def read_configuration(told: Mapping[str, Any]) -> Configuration:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Final
 
 from llmkit.errors import LLMKitError, QueueFull
@@ -24,11 +23,10 @@ _WEIGHT: Final = 0.1
 class Admission:
     """A bounded queue in two classes: what is interactive goes before what is batch.
 
-    In a class it goes in the order of arrival; where many people share a server, they take turns.
-
-    A batch leaves some places free, so that a person need not wait for the end of one of its requests, and when the
-    queue is full the last request of a batch in it makes room for a person's. One of many people cannot fill it alone:
-    the last of whoever has most in a full queue makes room for those who have less.
+    Within a class the users take turns, each with their requests in the order of arrival; on a server of one person all
+    requests are those of one user. A batch leaves some places free, so that a person need not wait for the end of one
+    of its requests. In a full queue a batch's request makes room for a person's, and the last one of whoever has most
+    of them waiting makes room for somebody who has fewer: nobody alone can fill it.
 
     Parameters
     ----------
@@ -44,9 +42,9 @@ class Admission:
         self.max_queued = max_queued
         self.in_flight = 0
         self._batch_in_flight = 0
-        self._waiting: dict[Priority, _Line] = {"interactive": _Line(), "batch": _Line()}
+        self._waiting: dict[Priority, Turns] = {"interactive": Turns(), "batch": Turns()}
         # Those that wait for something else before, such as a load, are in a queue of their own.
-        self._before: dict[Priority, _Line] = {"interactive": _Line(), "batch": _Line()}
+        self._before: dict[Priority, Turns] = {"interactive": Turns(), "batch": Turns()}
         self._mean_seconds = 1.0
 
     @property
@@ -62,8 +60,8 @@ class Admission:
     def reject_waiting(self, error: LLMKitError) -> None:
         """End every wait with an error."""
         for waiting in self._waiting.values():
-            while waiting:
-                waiting.take().reject(error)
+            while waiting.users:
+                waiting.next().reject(error)
 
     async def enter(self, slot: Slot) -> None:
         """Give a slot a place, after waiting for it.
@@ -77,7 +75,7 @@ class Admission:
         if slot.first is not None:
             self._check_room(slot, self.max_in_flight - self.in_flight)
             await self._wait_before(slot, slot.first)
-        if self._has_place(priority) and not self._waiting[priority]:
+        if self._has_place(priority) and not self._waiting[priority].users:
             self._take(priority)
         else:
             if slot.first is None:
@@ -106,7 +104,7 @@ class Admission:
                 task.cancel()
             elif not task.cancelled():
                 task.exception()  # perhaps nobody else has looked at it
-            waiting.remove(slot)
+            waiting.discard(slot)
 
     async def _wait(self, slot: Slot) -> None:
         waiting = self._waiting[slot.priority]
@@ -119,7 +117,7 @@ class Admission:
                 # Admitted and cancelled in the same turn of the loop: hand the place on.
                 self._give_back(slot.priority)
             else:
-                waiting.remove(slot)
+                waiting.discard(slot)
             raise
 
     def _has_place(self, priority: Priority) -> bool:
@@ -138,25 +136,35 @@ class Admission:
         self.in_flight -= 1
         self._batch_in_flight -= priority == "batch"
         for following, waiting in self._waiting.items():
-            while waiting and self._has_place(following):
-                place = waiting.take().place
+            while waiting.users and self._has_place(following):
+                place = waiting.next().place
                 if place is not None and not place.done():
                     self._take(following)
                     place.set_result(None)
 
     def _check_room(self, slot: Slot, places: int = 0) -> None:
-        """Raise `QueueFull` if no more may wait, and nobody makes room: a batch, or whoever has most."""
+        """Raise `QueueFull` if no more may wait, unless another request makes room."""
         if self.queued < self.max_queued + max(places, 0):
             return
-        batch = self._waiting["batch"] or self._before["batch"]
-        if slot.priority == "interactive" and batch:
-            batch.take_last().reject(self._full())
-            return
-        line = self._waiting[slot.priority]
-        if line.has_more_than(slot.user):
-            line.take_last().reject(self._full())
-            return
-        raise self._full()
+        other = self._to_make_room(slot)
+        if other is None:
+            raise self._full()
+        other.reject(self._full())
+
+    def _to_make_room(self, slot: Slot) -> Slot | None:
+        """Take the request out of the queue that has less right to be in it than one that comes, or give None."""
+        own = (self._waiting[slot.priority], self._before[slot.priority])
+        if slot.priority == "interactive":
+            for turns in (self._waiting["batch"], self._before["batch"]):
+                if turns.users:
+                    return turns.last_of(turns.greediest())
+        has = sum(turns.count(slot.user) for turns in own)
+        for turns in own:
+            if turns.users:
+                user = turns.greediest()
+                if turns.count(user) > has + 1:
+                    return turns.last_of(user)
+        return None
 
     def _full(self) -> QueueFull:
         seconds = math.ceil(self._mean_seconds * (self.queued + 1) / max(self.max_in_flight, 1))
@@ -183,16 +191,16 @@ class Slot:
         The class of the request.
     owner
         What `Admission.positions` names it by.
-    user
-        Whose it is; None on a server that tells no people apart.
     first
         Something to wait for before, such as a load; who waits for that counts as waiting.
+    user
+        Who takes turns with others; None where all are one.
     """
 
     priority: Priority = "interactive"
     owner: Any = None
-    user: str | None = None
     first: Callable[[], Coroutine[Any, Any, None]] | None = None
+    user: str | None = None
     place: asyncio.Future[None] | None = None
     started: float = 0.0
 
@@ -202,51 +210,72 @@ class Slot:
             self.place.set_exception(error)
 
 
-class _Line:
-    """Slots that wait: each person's in the order of arrival, and people by turns."""
+class Turns:
+    """Requests that wait, in the order in which they go: one of each user, then the next of each.
+
+    Everything but `greediest` and iterating takes the same time however many wait.
+
+    Attributes
+    ----------
+    users
+        The requests of each user in the order of arrival; the user whose turn is next comes first. Read it alone.
+    """
+
+    __slots__ = ("_count", "users")
 
     def __init__(self) -> None:
-        self._of: dict[str | None, deque[Slot]] = {}  # whose turn is next comes first
+        # Of both, the first and the last one are taken out at once, as those of a plain dict are not.
+        self.users: OrderedDict[str | None, OrderedDict[Slot, None]] = OrderedDict()
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
-
-    def __bool__(self) -> bool:
-        return bool(self._of)
+        return self._count
 
     def __iter__(self) -> Iterator[Slot]:
-        rounds = zip_longest(*self._of.values())
-        return (slot for one in rounds for slot in one if slot is not None)
+        following = deque(map(iter, self.users.values()))
+        while following:
+            slots = following.popleft()
+            slot = next(slots, None)
+            if slot is not None:
+                yield slot
+                following.append(slots)
 
     def add(self, slot: Slot) -> None:
-        self._of.setdefault(slot.user, deque()).append(slot)
+        """Put a request behind those of its user, and a user who had none behind the others."""
+        slots = self.users.get(slot.user)
+        if slots is None:
+            slots = self.users[slot.user] = OrderedDict()
+        slots[slot] = None
+        self._count += 1
 
-    def take(self) -> Slot:
-        """Take who is next."""
-        user = next(iter(self._of))
-        own = self._of.pop(user)
-        slot = own.popleft()
-        if own:
-            self._of[user] = own  # behind the others
+    def next(self) -> Slot:
+        """Take out the request whose turn it is; its user's next one comes after one of each of the others."""
+        user, slots = next(iter(self.users.items()))
+        slot = next(iter(slots))
+        self.users.move_to_end(user)
+        self.discard(slot)
         return slot
 
-    def has_more_than(self, user: str | None) -> bool:
-        """Say whether somebody has so many more than this user that giving one away is fair."""
-        return len(self._longest()) > len(self._of.get(user, ())) + 1
+    def discard(self, slot: Slot) -> None:
+        """Take a request out, if it is still there; nobody's turn changes."""
+        slots = self.users.get(slot.user)
+        if slots is None or slot not in slots:
+            return
+        del slots[slot]
+        self._count -= 1
+        if not slots:
+            del self.users[slot.user]
 
-    def take_last(self) -> Slot:
-        """Take the last one of whoever has most."""
-        slot = self._longest()[-1]
-        self.remove(slot)
+    def count(self, user: str | None) -> int:
+        """Give how many requests of a user wait."""
+        return len(self.users.get(user, ()))
+
+    def greediest(self) -> str | None:
+        """Give the user of whom most requests wait; there must be one."""
+        return max(self.users, key=self.count)
+
+    def last_of(self, user: str | None) -> Slot:
+        """Take out the last request of a user."""
+        slot = next(reversed(self.users[user]))
+        self.discard(slot)
         return slot
-
-    def remove(self, slot: Slot) -> None:
-        """Take a slot out; nothing happens if it was taken already."""
-        own = self._of.get(slot.user)
-        if own is not None and slot in own:
-            own.remove(slot)
-            if not own:
-                del self._of[slot.user]
-
-    def _longest(self) -> deque[Slot]:
-        return max(reversed(self._of.values()), key=len, default=deque())

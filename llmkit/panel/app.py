@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from IPython.display import display
 
 from llmkit.client import Client, ModelType, Watcher, connect
 from llmkit.client.conversations import KeptConversations
+from llmkit.client.discovery import names_shared
 from llmkit.errors import LLMKitError
 from llmkit.panel import markup
 from llmkit.panel.compare_tab import CompareTab
@@ -80,6 +82,11 @@ class Panel(w.VBox):
         kit = self._kit = Kit()
         self._style = kit.html(f"<style>{read_styles()}</style>")
         self._header = kit.html(markup.header("connecting", ""))
+        self._kept: dict[bool, Client] = {}
+        """Clients that were found, by whether they are of the shared registry; closed with the panel."""
+        self._wanted: bool | None = None
+        """Which registry was asked for; None is the one that `connect` takes by itself."""
+        self.switch = kit.button("", self._on_switch)
         self._card = kit.html()
         self.try_again = kit.button("Try again", self._on_try_again, style="primary", tip="Look for the server again")
         self._no_server = kit.row(self._card, self.try_again, name="llmkit-no-server")
@@ -92,9 +99,11 @@ class Panel(w.VBox):
         self._finding = False
         self._tabs: w.Tab | None = None
         # 0 asks the browser to count the views: a panel that nobody sees follows nothing.
-        super().__init__([self._style, self._header, self._no_server, self._body], _view_count=0)
+        top = kit.row(self._header, self.switch, name="llmkit-top")
+        super().__init__([self._style, top, self._no_server, self._body], _view_count=0)
         self.add_class("llmkit-panel")
         show(self._no_server, visible=False)
+        show(self.switch, visible=False)
         beside_cells(self)
         self.observe(self._on_views, "_view_count")
         self._looked = threading.Event()
@@ -144,14 +153,15 @@ class Panel(w.VBox):
             return  # pressed twice
         self._finding = True
         assign(self.try_again, disabled=True)
-        given = self._given
+        wanted = self._wanted
+        kept = self._given if wanted is None else self._kept.get(wanted)
 
         def work() -> Found:
-            client = given or connect()
+            client = kept or connect(shared=wanted)
             try:
                 return look(client)
             except BaseException:
-                if given is None:
+                if kept is None:
                     client.close()
                 raise
 
@@ -162,8 +172,10 @@ class Panel(w.VBox):
         assign(self.try_again, disabled=False)
         show(self._no_server, visible=False)
         self._client = found.client
+        self._kept.setdefault(found.client.shared, found.client)
+        self._offer_switch(shared=found.client.shared)
         self._build(found.client, found.may)
-        assign(self._header, value=markup.header("connected", found.client.place))
+        assign(self._header, value=self._head("connected"))
         self._show(found.snapshot)
         self._watch()
         if self.models and self.configure and self.prompt:
@@ -179,6 +191,43 @@ class Panel(w.VBox):
         assign(self._card, value=markup.no_server(error))
         show(self._no_server, visible=True)
         self._looked.set()
+
+    def _head(self, state: str) -> str:
+        client = self._client
+        if client is None:
+            return markup.header(state, "")
+        own = "Your own registry" if names_shared(os.environ) else ""
+        return markup.header(state, client.url, "Shared registry" if client.shared else own)
+
+    def _offer_switch(self, *, shared: bool) -> None:
+        """Offer the other of two registries, where the Hub names one that many people share."""
+        which = "False" if shared else "True"
+        assign(
+            self.switch,
+            description="Show your own registry" if shared else "Show the shared registry",
+            tooltip=f"As code: llmkit.panel(llmkit.connect(shared={which}))",
+        )
+        show(self.switch, visible=shared or names_shared(os.environ))
+
+    def _on_switch(self) -> None:
+        def switch() -> None:
+            if self._finding:
+                return
+            shown = self._client.shared if self._client is not None else bool(self._wanted)
+            self._wanted = not shown
+            self._unwatch()
+            if self.prompt and self.compare:
+                self.prompt.stop_answer()
+                self.compare.stop_answers()
+            gone, self._body.children = self._body.children, ()
+            self.models = self.configure = self.prompt = self.compare = self._tabs = self._client = None
+            for each in gone:
+                close_all(each)
+            self._offer_switch(shared=self._wanted)
+            assign(self._header, value=markup.header("connecting", ""))
+            self._find()
+
+        self._lane.call(switch)
 
     def _on_try_again(self) -> None:
         self._lane.call(self._find)
@@ -240,13 +289,14 @@ class Panel(w.VBox):
             self._lane.ask(watcher.close)
 
     def _leave(self) -> None:
-        watcher, client = self._watcher, self._client
+        watcher, clients = self._watcher, [one for one in self._kept.values() if one is not self._given]
         self._watcher = self._client = None
+        self._kept = {}
 
         def work() -> None:
             if watcher is not None:
                 watcher.close()
-            if client is not None and self._given is None:
+            for client in clients:
                 client.close()
 
         self._lane.ask(work)
@@ -254,7 +304,7 @@ class Panel(w.VBox):
     def _follow(self, watcher: Watcher) -> None:
         if watcher is not self._watcher or self._client is None:
             return
-        assign(self._header, value=markup.header(watcher.state, self._client.place))
+        assign(self._header, value=self._head(watcher.state))
         connected = watcher.state == "connected"
         (self._body.remove_class if connected else self._body.add_class)("llmkit-stale")
         if connected and watcher.snapshot is not None:

@@ -44,6 +44,7 @@ class Asking:
         self._transcript = transcript
         self._stream: AnswerStream | None = None
         self._stopping = False
+        self._looking = False
         self._ended = threading.Event()  # of the answer that is on its way
 
     @property
@@ -92,6 +93,27 @@ class Asking:
             then(outcome)
 
         self._desk.lane.ask(read, done, failed)
+
+    def tick(self) -> None:
+        """Say where a prompt stands that waits for its turn."""
+        stream = self._stream
+        if stream is None or self._looking or stream.text or stream.reasoning:
+            return
+        self._looking = True
+
+        def look() -> int | None:
+            running = self._desk.client.requests(0).running
+            return next((one.position for one in running if one.request_id == stream.request_id), None)
+
+        def say(position: int | None) -> None:
+            self._looking = False
+            if stream is self._stream:
+                self._transcript.wait("" if position is None else f"Waiting: place {position} in the queue.")
+
+        def failed(_: LLMKitError) -> None:
+            self._looking = False
+
+        self._desk.lane.ask(look, say, failed)
 
     def stop(self) -> None:
         """End the answer that is on its way; returns at once."""

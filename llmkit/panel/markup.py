@@ -160,17 +160,19 @@ def freed(memory: Memory) -> str:
     return f"Unloaded; freed {' and '.join(sizes)}" + ("." if memory.verified else ", not verified.")
 
 
-def header(state: str, url: str) -> str:
-    """Give the line above the tabs: how the server is, and where."""
+def header(state: str, url: str, registry: str = "") -> str:
+    """Give the line above the tabs: how the server is, where, and, where there are two registries, which it is."""
     words = {
         "connecting": "Connecting …",
         "connected": "Connected",
         "reconnecting": "The server does not answer; trying again …",
         "lost": "No server",
     }
+    sign = f'<span class="llmkit-registry">{escape(registry)}</span>' if registry else ""
     return (
         f'<div class="llmkit-header"><span class="llmkit-brand">llmkit</span>'
         f'<span class="llmkit-connection llmkit-is-{state}" role="status">{words[state]}</span>'
+        f"{sign}"
         f'<span class="llmkit-url">{escape(url)}</span></div>'
     )
 

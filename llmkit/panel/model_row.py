@@ -15,9 +15,9 @@ from llmkit.panel.code_view import CodeView
 from llmkit.panel.desk import Desk
 from llmkit.panel.log_drawer import LogDrawer
 from llmkit.panel.widgets import assign, beside_cells, close_all, show
-from llmkit.schemas import Memory, Model
+from llmkit.schemas import Memory, Model, Refusable
 
-COUNTERS = ("in_flight", "queued", "memory", "last_used_at", "expires_at")
+COUNTERS = ("in_flight", "queued", "memory", "last_used_at", "expires_at", "refuses")
 """What changes without an event."""
 T = TypeVar("T")
 
@@ -64,6 +64,14 @@ class ModelRow:
         self._confirmation = kit.row(self._question, self.confirm, self.keep, name="llmkit-confirmation")
         self._buttons = (self.ask, self.load, self.cancel, self.unload, self.edit, self.duplicate, self.delete)
 
+        # What the server would refuse on what is somebody else's.
+        self._owners: dict[w.Button, tuple[Refusable, str]] = {
+            self.cancel: ("unload", self.cancel.tooltip),
+            self.unload: ("unload", self.unload.tooltip),
+            self.edit: ("update", self.edit.tooltip),
+            self.delete: ("delete", self.delete.tooltip),
+        }
+
         words = kit.box(self._head, self._facts, name="llmkit-words")
         actions = kit.row(self.ask, self.load, self.cancel, self.unload, name="llmkit-buttons")
         tools = kit.row(self.log, self.code, self.edit, self.duplicate, self.delete, name="llmkit-row-tools")
@@ -89,16 +97,23 @@ class ModelRow:
             self._drawer.resume()
         if model == self._told:
             return
+        self._told = model
+        if model.refuses is None:  # an event, which is for everybody; the look that follows says it anew
+            model = model.model_copy(update={"refuses": self.model.refuses})
         if model.status != self.model.status and model.status in ("loading", "failed"):
             assign(self._note, value="")
-        self.model = self._told = model
+        self.model = model
         self._received = time.monotonic()
         self._draw()
 
     def count(self, model: Model) -> None:
-        """Show newer counters of the same state."""
+        """Show newer counters of the same state, and what the server would refuse now."""
+        refuses = self.model.refuses
         self.model = self.model.model_copy(update={name: getattr(model, name) for name in COUNTERS})
-        self._draw_facts()
+        if self.model.refuses != refuses:
+            self._draw()
+        else:
+            self._draw_facts()
 
     def mark(self, *, declared: bool) -> None:
         """Take in whether the operator keeps the configuration."""
@@ -136,7 +151,9 @@ class ModelRow:
         }
         for each, wanted in visible.items():
             show(each, visible=wanted)
-            assign(each, disabled=self._asking or status == "unloading")
+            what, tip = self._owners.get(each, (None, each.tooltip))
+            why = (model.refuses or {}).get(what) if what else None
+            assign(each, disabled=self._asking or status == "unloading" or why is not None, tooltip=why or tip)
         show(self._fix_row, visible=bool(fix))
         assign(self.fix, description=markup.fix_words(fix) if fix else "", disabled=self._asking)
         # One button of a row stands out.
@@ -210,6 +227,8 @@ class ModelRow:
         """Give the engine arguments that would cure the failure; none if nobody knows any, or may set them."""
         error = self.model.error
         if self.model.status != "failed" or error is None or self.declared or "write" not in self._desk.may:
+            return {}
+        if "update" in (self.model.refuses or {}):
             return {}
         kwargs = (error.fix or {}).get("model_kwargs")
         nested = kwargs.get("engine", kwargs) if isinstance(kwargs, dict) else None
@@ -291,14 +310,19 @@ class ModelRow:
         """Show what the buttons of now do."""
         if self._code is None:
             return
+        refuses = self.model.refuses or {}
         status, may, name, config_id = self.model.status, self._desk.may, self.model.model_id, self.model.config_id
         loaded = status == "loaded"
         possible = (
             ("Load", "write" in may and status in ("unloaded", "failed"), code.load(name, config_id)),
-            ("Cancel the load", "write" in may and status == "loading", code.unload(name)),
-            ("Unload", "write" in may and loaded, code.unload(name)),
+            ("Cancel the load", "write" in may and status == "loading" and "unload" not in refuses, code.unload(name)),
+            ("Unload", "write" in may and loaded and "unload" not in refuses, code.unload(name)),
             ("Show the log", True, code.logs(name)),
-            ("Delete", "write" in may and not self.declared, code.delete(config_id, name, unload=loaded)),
+            (
+                "Delete",
+                "write" in may and not self.declared and "delete" not in refuses,
+                code.delete(config_id, name, unload=loaded),
+            ),
         )
         self._code.show(*((title, each) for title, wanted, each in possible if wanted))
 

@@ -66,8 +66,8 @@ class ModelsTab:
         for config_id, model in known.items():
             if config_id in self.rows:
                 row = self.rows[config_id]
-                if model.status != row.model.status:
-                    self._poll_at = 0.0  # the machine's memory has changed, too
+                if _changes(model) != _changes(row.model):
+                    self._poll_at = 0.0  # the machine's memory has changed, too, or whose it is
                 row.update(model)
             else:
                 self.rows[config_id] = ModelRow(self._desk, model)
@@ -75,6 +75,7 @@ class ModelsTab:
         self._arrange()
         show(self._welcome, visible=not known)
         if added:
+            self._poll_at = 0.0
             self._ask_who_keeps_them()
         self.refresh()  # while one event follows the other, the panel's clock does not come to its turn
 
@@ -187,6 +188,10 @@ class ModelsTab:
             assign(self._demo_note, value=markup.error_card(error))
 
         self._desk.lane.call(begin)
+
+
+def _changes(model: Model) -> tuple[str | None, ...]:
+    return model.status, model.configured_by, model.loaded_by
 
 
 def _describe_rights(may: Collection[str]) -> str:

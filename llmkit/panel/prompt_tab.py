@@ -9,7 +9,8 @@ from typing import Any
 import ipywidgets as w
 
 from llmkit.client.conversations import KeptConversations
-from llmkit.errors import LLMKitError
+from llmkit.client.usage import Usage, describe_left
+from llmkit.errors import BudgetExhausted, LLMKitError
 from llmkit.panel import code, conversation, markup
 from llmkit.panel.asking import Asking, Outcome
 from llmkit.panel.code_view import CodeView
@@ -189,8 +190,14 @@ class PromptTab:
         if outcome.error is not None and not self.prompt.value:  # to try it again
             self.prompt.value = prompt
             self.images.value = pictures
+        if isinstance(outcome.error, BudgetExhausted):
+            self._desk.lane.ask(self._desk.client.usage, self._say_left)
         self._draw()
         self.keeper.save()
+
+    def _say_left(self, usage: Usage) -> None:
+        if left := describe_left(usage.limits, usage.left):
+            self._say(markup.note(f"{left}. It grows again as the minute and the day go on."))
 
     # -- conversations -----------------------------------------------------------------------------------------
 
@@ -205,7 +212,8 @@ class PromptTab:
             self._say(markup.note(f"{which} not listed: this version of llmkit cannot read what the server keeps."))
 
     def tick(self) -> None:
-        """Keep what was changed since the last time."""
+        """Keep what was changed since the last time, and look where a prompt stands that waits."""
+        self._asking.tick()
         if not self._asking.running and not self._busy:
             self.keeper.save()
 

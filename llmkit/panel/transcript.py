@@ -90,6 +90,14 @@ class Transcript(anywidget.AnyWidget):
             self._turns.append(Turn(model_id, prompt, list(images)))
             self._tell("begin", turn=asdict(self._turns[-1]), kept=KEPT_TURNS)
 
+    def wait(self, note: str) -> None:
+        """Say what an answer waits for, of which nothing has come."""
+        with self._lock:
+            turn = self._open
+            if turn is not None and not turn.text and not turn.reasoning and turn.note != note:
+                turn.note = note
+                self._tell("wait", note=note)
+
     def append(self, text: str = "", reasoning: str = "") -> None:
         """Show more of the answer. What comes after `end`, `clear` or `show` has no place any more and is dropped."""
         with self._lock:
@@ -99,6 +107,7 @@ class Transcript(anywidget.AnyWidget):
                 return
             turn.text += text
             turn.reasoning += reasoning
+            turn.note = ""
             self._tell("append", **new)
 
     def end(self, note: str, state: State = "done", tool_calls: Iterable[dict[str, Any]] = ()) -> None:

@@ -9,12 +9,21 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.process import guardian
-from llmkit.process.guardian import ENGINE_ID, Process, descendants, end_all, marked, name_of, remove_run_dir
+from llmkit.process.guardian import (
+    ENGINE_ID,
+    Process,
+    descendants,
+    end_all,
+    marked,
+    name_of,
+    remove_run_dir,
+    shared_memory,
+)
 from llmkit.process.leftovers import reap
 
 GRACE_SECONDS = 3.0
@@ -165,9 +174,9 @@ class KeptProcess:
         self.ended = ended
         self._has_ended.set()
 
-    async def _end_without_guardian(self, grace: float) -> bool:
+    async def _end_without_guardian(self, grace: float, shared: Iterable[str] = ()) -> bool:
         def end() -> bool:
-            gone = end_all(lambda: marked(self.engine_id), grace, bound=grace + LAST_RESORT_SECONDS)
+            gone = end_all(lambda: marked(self.engine_id), grace, bound=grace + LAST_RESORT_SECONDS, shared=shared)
             remove_run_dir(str(self._run_dir))
             return gone
 
@@ -195,13 +204,15 @@ class KeptProcess:
         await asyncio.wait([self._start_task])
         if self._start_task.exception() or self._guardian is None or self._watch_task is None:
             return True  # it was told to who started it
+        # The guardian removes it too, if it gets the time before it is given up.
+        shared = await asyncio.to_thread(lambda: shared_memory(marked(self.engine_id)))
         assert self._guardian.stdin is not None  # noqa: S101  # a pipe was asked for
         self._guardian.stdin.close()
         done, _ = await asyncio.wait([self._watch_task], timeout=self._grace + PATIENCE_SECONDS)
         if not done:
             self._guardian.kill()
             await asyncio.wait([self._watch_task])
-        return await self._end_without_guardian(grace=0)
+        return await self._end_without_guardian(grace=0, shared=shared)
 
     # -- priority ------------------------------------------------------------------------------------------
 

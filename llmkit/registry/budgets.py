@@ -12,18 +12,14 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pydantic import JsonValue
-
-from llmkit.engines.base import does_not_fit
 from llmkit.errors import BudgetExhausted, LLMKitError, NotReady
-from llmkit.inference.openai_api import with_defaults
 from llmkit.registry.database import Database, Schema
 from llmkit.schemas import UsageOfDay
 
@@ -31,8 +27,6 @@ MINUTE: Final = 60.0
 DAY: Final = 86_400.0
 KEPT_DAYS: Final = 400
 """So long the usage of a day can be read: a school year."""
-RESERVED_TOKENS: Final = 1024
-"""For an answer whose length nobody bounds; where tokens are limited, it is bounded so."""
 LIMITS: Final = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day")
 _ERRORS = (LLMKitError, OSError, sqlite3.Error)
 T = TypeVar("T")
@@ -103,7 +97,8 @@ class _Window:
         for charge in self.charges:
             requests, tokens = requests - 1, tokens - charge.tokens
             if requests <= 0 and tokens <= 0:
-                return max(1.0, charge.started_at + self.seconds - now)
+                # The clock may have been set back since.
+                return min(max(1.0, charge.started_at + self.seconds - now), self.seconds)
         return self.seconds
 
 
@@ -139,11 +134,6 @@ class Budgets:
         self._last = 0
         self._failure: str | None = None
         self._closed = False
-
-    @property
-    def bounds_answers(self) -> bool:
-        """Whether tokens are limited, so that no answer may be without an end."""
-        return any(name.startswith("tokens") for name in self.limits)
 
     async def _on_disk(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
@@ -189,6 +179,11 @@ class Budgets:
         """Say what is wrong with the record of usage."""
         problems = list(self._file.problems) if self._file else []
         return [*problems, f"usage is not recorded: {self._failure}"] if self._failure else problems
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether tokens are limited."""
+        return any(name.startswith("tokens_") for name in self.limits)
 
     # -- charging ------------------------------------------------------------------------------------------
 
@@ -250,7 +245,7 @@ class Budgets:
                 wait = window.wait(now, **{what: used + more - limit})
                 raise BudgetExhausted(
                     f"Of your {limit} {what} a {span} {max(0, limit - used)} are left, and this could take {more}.",
-                    hint=f"Ask again in {wait:.0f} s"
+                    hint=f"Ask again in {_in_words(wait)}"
                     + (", or for less: a smaller max_tokens." if what == "tokens" else "."),
                     details={"limit": limit, "used": used, "per": span, "retry_after": wait},
                 )
@@ -338,111 +333,8 @@ class Budgets:
         return left
 
 
-# -- what a request can take -----------------------------------------------------------------------------------
-
-_MOST_OF_ANSWER: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_OF_MESSAGE: Final = 16
-"""Tokens that a chat template puts around a message, at most."""
-_OF_IMAGE: Final = 4096
-
-
-def with_an_end(asked: dict[str, Any], at: str = "") -> dict[str, Any]:
-    """Give a request in which whatever bounds the answer is a number: null is as if it was not there.
-
-    Engines read null, -1 or true in their own ways; some as an answer without an end, which nobody can reserve.
-
-    Parameters
-    ----------
-    asked
-        The request, as in OpenAI's API or as ``inference_kwargs``.
-    at
-        The path to it, for the error.
-
-    Raises
-    ------
-    DoesNotFit
-        If a bound is something else.
-
-    Examples
-    --------
-    >>> with_an_end({"prompt": "Hello", "max_tokens": None})
-    {'prompt': 'Hello'}
-    """
-    given = {name: asked[name] for name in _MOST_OF_ANSWER if asked.get(name) is not None}
-    wrong = [
-        {"path": f"{at}.{name}" if at else name, "message": "must be a number of tokens, 0 or more"}
-        for name, value in given.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0
-    ]
-    if wrong:
-        raise does_not_fit(wrong, hint="On this server everybody has so many tokens; say how long the answer may be.")
-    return {name: value for name, value in asked.items() if name not in _MOST_OF_ANSWER or name in given}
-
-
-def longest_answer(generation: Mapping[str, Any]) -> int | None:
-    """Give the tokens that the generation parameters of a configuration allow an answer; None if they bound nothing."""
-    found = [generation[name] for name in _MOST_OF_ANSWER if isinstance(generation.get(name), int)]
-    return max(found, default=None)
-
-
-def bounded(generation: Mapping[str, JsonValue], most: int) -> Mapping[str, JsonValue]:
-    """Give the generation parameters of a configuration so that an answer has at most so many tokens.
-
-    Examples
-    --------
-    >>> bounded({"temperature": 0, "max_tokens": 4000}, 1024)
-    {'temperature': 0, 'max_tokens': 1024}
-    >>> bounded({"max_completion_tokens": 50}, 1024)
-    {'max_completion_tokens': 50}
-    """
-    own = longest_answer(generation)
-    return generation if own is not None and own <= most else with_defaults(generation, {"max_tokens": most})
-
-
-def most_tokens(asked: dict[str, Any], default_answer: int = RESERVED_TOKENS) -> int:
-    """Give what a request can take: no text has more tokens than bytes, and the answer no more than it is allowed.
-
-    Parameters
-    ----------
-    asked
-        The request, as in OpenAI's API or as ``inference_kwargs`` with the prompt.
-    default_answer
-        What an answer may have, where the request does not bound it.
-
-    Examples
-    --------
-    >>> most_tokens({"prompt": "Hello", "max_tokens": 50})
-    71
-    """
-    # Engines differ in which one they obey, if there are two.
-    answer: int = max(
-        (asked[name] for name in _MOST_OF_ANSWER if isinstance(asked.get(name), int)), default=default_answer
-    )
-    each: int = max((asked[name] for name in ("n", "best_of") if isinstance(asked.get(name), int)), default=1)
-    texts = sum(_sizes(value) for name, value in asked.items() if name not in ("model", "stop"))
-    return texts + _OF_MESSAGE + _prompts(asked.get("prompt")) * max(1, each) * max(0, answer)
-
-
-def _prompts(prompt: Any) -> int:
-    """Count the prompts of a request: each of a list has answers of its own, but a list of tokens is one prompt."""
-    return max(1, sum(not isinstance(one, int) for one in prompt)) if isinstance(prompt, list) else 1
-
-
-def _sizes(value: Any) -> int:
-    return sum(_leaves(value))
-
-
-def _leaves(value: Any) -> Iterator[int]:
-    level = [value]
-    while level:
-        one = level.pop()
-        if isinstance(one, str):
-            yield len(one.encode("utf-8", "replace"))
-        elif isinstance(one, dict):
-            yield _OF_MESSAGE
-            if "image_url" in one:
-                yield _OF_IMAGE
-            level.extend(inner for name, inner in one.items() if name != "image_url")
-        elif isinstance(one, list):
-            level.extend(one)
-            yield sum(isinstance(item, int) for item in one)  # tokens
+def _in_words(seconds: float) -> str:
+    if seconds < 2 * MINUTE:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / MINUTE)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"

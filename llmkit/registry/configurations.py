@@ -387,7 +387,7 @@ class Configurations:
         origin = engine_type.origin(configuration)
         given = key_of(request.model_kwargs)
         if by is not None and not by.administers:
-            self._rules.check_person(origin)
+            self._rules.check_person(configuration, engine_type, arguments)
             self._policy.check_person(given)
         if given is None:
             return configuration, None

@@ -677,7 +677,7 @@ class Model:
         loads = use.auto_load and self._status != "loaded"
         if not loads:
             self._check_loaded()
-        slot = Slot(running.priority, running, running.user, load if loads else None)
+        slot = Slot(running.priority, running, load if loads else None, running.user)
         try:
             await self.admission.enter(slot)
             use.slot = slot

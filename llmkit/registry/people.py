@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmkit import schemas
 from llmkit.errors import NotAllowed
 from llmkit.registry.model import Model
 
@@ -65,6 +66,27 @@ def check_unload(by: Person | None, model: Model) -> None:
     if model.holding:
         owner = model.loaded_by or model.configuration.configured_by
         check_owner(by, owner, f"The load of `{model.configuration.model_id}`")
+
+
+def told_to(by: Person | None, model: Model) -> schemas.Model:
+    """Give the live state of a model, with what somebody may not do with it, so that they are not offered it.
+
+    The words are those of the refusal; nothing is said where no people are told apart.
+    """
+    told = model.snapshot()
+    if by is None:
+        return told
+    configuration = model.configuration
+    refuses: dict[schemas.Refusable, str] = {}
+    try:
+        check_unload(by, model)
+    except NotAllowed as error:
+        refuses["unload"] = refuses["delete"] = str(error)
+    try:
+        check_owner(by, configuration.configured_by, f"The configuration of `{configuration.model_id}`")
+    except NotAllowed as error:
+        refuses["update"] = refuses["delete"] = str(error)
+    return told.model_copy(update={"refuses": refuses})
 
 
 def check_force(by: Person | None, *, force: bool) -> None:

@@ -39,7 +39,7 @@ from llmkit.registry.history import PENDING, PENDING_WITH_BODIES, RequestHistory
 from llmkit.registry.keys import ToolKeys
 from llmkit.registry.loading import Loader
 from llmkit.registry.model import Model
-from llmkit.registry.people import Person, check_force, check_owner, check_unload
+from llmkit.registry.people import Person, check_force, check_owner, check_unload, told_to
 from llmkit.registry.readiness import Mode, Readiness
 from llmkit.registry.requests import Requests, find_for, no_engine_here
 from llmkit.registry.rules import Rules
@@ -357,13 +357,13 @@ class ModelRegistry:
     async def usage(self, by: Person | None = None) -> schemas.UsageList:
         """Give who has used how much, as far as who asks may see it; nothing where people are not told apart."""
         if self.budgets is None or by is None:
-            return schemas.UsageList(usage=[], limits={}, left={})
+            return schemas.UsageList(usage=[], limits={}, left={}, kept=False)
         usage = await self.budgets.by_day(None if by.administers else by.name)
         return schemas.UsageList(usage=usage, limits=self.budgets.limits, left=self.budgets.left(by.name))
 
-    def snapshot(self) -> Snapshot:
-        """Give every model as it is now."""
-        models = [model.snapshot() for model in self._models.values()]
+    def snapshot(self, by: Person | None = None) -> Snapshot:
+        """Give every model as it is now, with what it would refuse to who asks."""
+        models = [told_to(by, model) for model in self._models.values()]
         return Snapshot(epoch=self._changes.epoch, revision=self._changes.revision, models=models)
 
     def configurations(self) -> list[Configuration]:
@@ -374,9 +374,9 @@ class ModelRegistry:
         """Give one configuration, or raise `ConfigurationNotFound`."""
         return self._by_config_id(config_id).configuration
 
-    def model(self, model_id: str) -> schemas.Model:
-        """Give the live state of one model, or raise `ModelNotFound`."""
-        return self._by_model_id(model_id).snapshot()
+    def model(self, model_id: str, by: Person | None = None) -> schemas.Model:
+        """Give the live state of one model, with what it would refuse to who asks, or raise `ModelNotFound`."""
+        return told_to(by, self._by_model_id(model_id))
 
     def loaded_models(self) -> list[str]:
         """Give the ``model_id`` of every loaded model."""

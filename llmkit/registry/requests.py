@@ -35,16 +35,9 @@ from llmkit.inference.bounds import check_media
 from llmkit.inference.metrics import Metrics
 from llmkit.inference.prompting import Collector, read_options, to_openai
 from llmkit.inference.relay import WholeAnswer, Write, relay
+from llmkit.inference.reserving import answer_bound, check_bounded, most_tokens, with_bound
 from llmkit.inference.running import Running
-from llmkit.registry.budgets import (
-    RESERVED_TOKENS,
-    Budgets,
-    Charge,
-    bounded,
-    longest_answer,
-    most_tokens,
-    with_an_end,
-)
+from llmkit.registry.budgets import Budgets, Charge
 from llmkit.registry.history import RequestHistory
 from llmkit.registry.model import Model, Turn
 from llmkit.registry.people import Person
@@ -56,9 +49,6 @@ CLIENT_CLOSED_REQUEST: Final = 499
 _REFUSED: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 _WORTH_ANOTHER: Final = (EngineGone, NotReady, RateLimited, TimedOut)
 """Errors of a model after which its fallback is asked; not what is wrong with the request, nor a full queue."""
-
-_ANSWERING: Final = ("chat/completions", "completions", "responses")
-"""Of the paths of OpenAI's API, those whose answers are made of tokens."""
 
 Send = Callable[..., Awaitable[None]]
 Known = Callable[[Running], None]
@@ -131,13 +121,8 @@ class Requests:
         ------
         LLMKitError
         """
-        is_bounded = self._bounds_answers(by)
-        if is_bounded:
-            given = with_an_end(request.inference_kwargs, "inference_kwargs")
-            request = request.model_copy(update={"inference_kwargs": given})
         options = read_options(request)
         model = find_for(key, self._find, request.model_id)
-        longest = longest_answer(model.generation) or RESERVED_TOKENS
         running = Running(
             request.model_id,
             "inference",
@@ -155,15 +140,21 @@ class Requests:
                 hint="Choose another request_id, or none.",
             )
 
+        most, bound = self._most(
+            "inference", model, {**request.inference_kwargs, "prompt": request.prompt}, by, "inference_kwargs"
+        )
+
         async def ask(model: Model, turn: Turn) -> InferenceAnswer:
             http = turn.http
             api = turn.capabilities.api or "chat"
             is_ours = not http.endpoint.fetches
             check_media(request.inference_kwargs, is_ours=is_ours, at="inference_kwargs")
             for adds_options in _tries(http):
-                defaults = bounded(model.generation, longest) if is_bounded else model.generation
                 path, body = to_openai(
-                    request, options, defaults, api, http.endpoint.model, stream_options=adds_options
+                    request, options, model.generation, api, http.endpoint.model, stream_options=adds_options
+                )
+                body = with_bound(
+                    path[1:], body, request.inference_kwargs, bound, http.endpoint, turn.capabilities.max_model_len
                 )
                 if self._record_bodies:
                     running.record_bodies(to_json(body))
@@ -180,7 +171,6 @@ class Requests:
             running.keep("".join(collector.text).encode("utf-8", "replace"))
             return collector.answer(running, turn.capabilities.engine_version)
 
-        most = most_tokens({**request.inference_kwargs, "prompt": request.prompt}, longest) if by is not None else 0
         return await self._run(model, running, ask, idle_ttl=options.idle_ttl, key=key, known=known, by=by, most=most)
 
     async def relay(
@@ -221,23 +211,21 @@ class Requests:
         """
         model = find_for(key, self._find, openai_api.model_of(body))
         openai_api.check(body)
-        is_bounded = self._bounds_answers(by)
-        if is_bounded:
-            body = with_an_end(body)
-        longest = longest_answer(model.generation) or RESERVED_TOKENS
         model_id, stream = model.configuration.model_id, openai_api.is_stream(body)
         running = Running(model_id, api, priority=priority, stream=stream, key=_name_of(key), user=_name_of(by))
+        most, bound = self._most(api, model, body, by)
 
         async def ask(model: Model, turn: Turn) -> WholeAnswer | None:
             http = turn.http
             check_media(body, is_ours=not http.endpoint.fetches)
             if api == "tokenize" and "tokenize" not in http.endpoint.extras:
                 raise no_engine_here(model)
+            bounded = with_bound(api, body, body, bound, http.endpoint, turn.capabilities.max_model_len)
             for adds_options in _tries(http):
                 call = openai_api.to_call(
                     api,
-                    body,
-                    bounded(model.generation, longest) if is_bounded else model.generation,
+                    bounded,
+                    model.generation,
                     http.endpoint.model,
                     model_api=turn.capabilities.api,
                     stream_options=adds_options,
@@ -255,7 +243,6 @@ class Requests:
                     break
             return answer
 
-        most = most_tokens(body, longest if api in _ANSWERING else 0) if by is not None else 0
         return await self._run(model, running, ask, key=key, known=known, by=by, most=most)
 
     async def _run(
@@ -310,12 +297,24 @@ class Requests:
         finally:
             del self._running[running.request_id]
             if charge is not None and self._budgets is not None:
-                _settle(self._budgets, charge, running, outcome)
+                _settle(self._budgets, charge, running, outcome, code)
             self._note(running, outcome, int(status), code)
 
-    def _bounds_answers(self, by: Person | None) -> bool:
-        """Say whether tokens are limited for who asks."""
-        return by is not None and not by.administers and self._budgets is not None and self._budgets.bounds_answers
+    def _most(
+        self, api: str, model: Model, asked: dict[str, Any], by: Person | None, at: str = ""
+    ) -> tuple[int, int | None]:
+        """Give the tokens that a request can take, and what bounds its answer, where anybody counts them.
+
+        The bound is None where it need not be sent. It is decided once, so that a fallback with other defaults keeps
+        within what was reserved.
+        """
+        if self._budgets is None or by is None or api == "tokenize":  # nothing is generated, and nobody pays for it
+            return 0, None
+        limited = self._budgets.counts_tokens and not by.administers
+        if limited:
+            check_bounded(api, asked, at)
+        bound = answer_bound(api, asked, model.generation)
+        return most_tokens(asked, bound), bound if limited else None
 
     def _fallback_of(self, model: Model, error: LLMKitError, tried: list[Model], key: ToolKey | None) -> Model | None:
         """Give the model to ask instead, or None."""
@@ -425,8 +424,8 @@ async def _reserve(budgets: Budgets, running: Running, by: Person, most: int) ->
         raise
 
 
-def _settle(budgets: Budgets, charge: Charge, running: Running, outcome: Outcome) -> None:
-    """Charge what a request took: nothing if it was never sent, no tokens if the engine has answered nothing."""
+def _settle(budgets: Budgets, charge: Charge, running: Running, outcome: Outcome, code: str | None) -> None:
+    """Charge what a request took: nothing if it was never sent, no tokens if the engine has refused it."""
     if running.sent is None:
         budgets.take_back(charge)
     elif running.usage is not None:
@@ -434,7 +433,9 @@ def _settle(budgets: Budgets, charge: Charge, running: Running, outcome: Outcome
         whole = (told.prompt_tokens or 0) + (told.completion_tokens or 0)
         budgets.settle(charge, max(told.total_tokens or 0, whole))
     else:
-        budgets.settle(charge, 0 if outcome in ("refused", "failed") and not running.answering else None)
+        # An engine that has not answered in time may have been at work all the while.
+        unpaid = outcome in ("refused", "failed") and not running.answering and code != TimedOut.code
+        budgets.settle(charge, 0 if unpaid else None)
 
 
 def _tries(http: EngineHTTP) -> tuple[bool, ...]:

@@ -17,6 +17,8 @@ from llmkit.schemas import Configuration
 TRUST_REMOTE_CODE: Final = "trust_remote_code"
 TOKENIZER: Final = "tokenizer"
 _DOT_SEGMENT: Final = re.compile(r"(?:\.|%2e){1,2}", re.IGNORECASE)
+_HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""No path: neither an absolute one, nor one that goes up, nor a home."""
 _SEPARATOR: Final = re.compile(r"[/\\]|%2f|%5c", re.IGNORECASE)
 
 
@@ -67,17 +69,29 @@ class Rules:
                     hint=f"Allowed are: {', '.join(self.allowed_base_urls)[:500]}.",
                 )
 
-    def check_person(self, origin: str | None) -> None:
-        """Raise `RefusedByOperator` if one of many people, no administrator, may not have requests sent to an origin.
+    def check_person(self, configuration: Configuration, engine_type: EngineType, kwargs: SortedKwargs) -> None:
+        """Raise `RefusedByOperator` for what one of many people, no administrator, may not have done in their name.
 
-        A server that is shared can reach what they cannot: it answers from addresses of its own machine and network.
+        A server that is shared can reach what they cannot: addresses of its own machine and network, and the files of
+        its account. A folder that they name, their own, can have links to those files in it, which an engine follows.
         """
-        if origin is not None and not self.allowed_base_urls:
-            raise RefusedByOperator(
-                "The operator of this server allows no remote endpoints but those that administrators configure.",
-                param="model_kwargs.base_url",
-                hint="The operator can allow some for all: c.LLMKitApp.allowed_base_urls.",
-            )
+        if engine_type.origin(configuration) is not None:
+            if not self.allowed_base_urls:
+                raise RefusedByOperator(
+                    "The operator of this server allows no remote endpoints but those that administrators configure.",
+                    param="model_kwargs.base_url",
+                    hint="The operator can allow some for all: c.LLMKitApp.allowed_base_urls.",
+                )
+            return
+        names = {"model_name": configuration.model_name, f"model_kwargs.{TOKENIZER}": kwargs.engine.get(TOKENIZER)}
+        for param, name in names.items():
+            if isinstance(name, str) and not self.allowed_model_names and not _HUB_NAME.fullmatch(name):
+                raise RefusedByOperator(
+                    "The operator of this server allows no files of its machine but those that administrators name.",
+                    param=param,
+                    hint="Give the name of a model in its hub, such as Qwen/Qwen3-0.6B. The operator can allow folders "
+                    "that administrators alone write: c.LLMKitApp.allowed_model_names.",
+                )
 
     @property
     def hidden_arguments(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmkit.errors import ModelUnloaded, QueueFull
-from llmkit.inference.admission import Admission, Slot
+from llmkit.inference.admission import Admission, Slot, Turns
 from llmkit.schemas import Priority
 
 
@@ -22,7 +22,7 @@ async def held(
     user: str | None = None,
 ) -> AsyncIterator[None]:
     """Hold a place."""
-    slot = Slot(priority, owner, user, first)
+    slot = Slot(priority, owner, first, user)
     await admission.enter(slot)
     try:
         yield
@@ -50,7 +50,7 @@ async def test_cancelling_at_any_moment_gives_every_place_back() -> None:
     admission = Admission("m", 3, 50)
 
     async def request() -> None:
-        async with held(admission, chance.choice(["interactive", "batch"]), user=chance.choice([None, "ada", "ben"])):
+        async with held(admission, chance.choice(["interactive", "batch"])):
             await asyncio.sleep(chance.random() / 500)
 
     tasks = []
@@ -225,50 +225,119 @@ async def test_a_person_takes_the_place_of_a_batch_that_waits_for_a_load() -> No
     assert (admission.in_flight, admission.queued) == (0, 0)
 
 
-class _People:
-    """Requests of people in one queue, which all run until `stop` is set; each is named as ``ada1``."""
+# -- many people ----------------------------------------------------------------------------------------------
 
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+
+class Class:
+    """People at one model that answers one request at a time, when it is told to."""
+
+    def __init__(self, max_queued: int = 1000) -> None:
+        self.admission = Admission("m", 1, max_queued)
         self.order: list[str] = []
-        self.stop = asyncio.Event()
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self._next = asyncio.Semaphore(0)
 
     async def ask(self, *names: str, priority: Priority = "interactive") -> None:
+        """Send requests named by user and number."""
         for name in names:
-            self.tasks[name] = asyncio.create_task(self._hold(name, priority))
+            self.tasks[name] = asyncio.create_task(self._request(name, priority))
             await asyncio.sleep(0)
 
-    async def _hold(self, name: str, priority: Priority) -> None:
-        async with held(self.admission, priority, name, user=name.rstrip("0123456789")):
+    async def _request(self, name: str, priority: Priority) -> None:
+        async with held(self.admission, priority, name, user=name[0]):
             self.order.append(name)
-            await self.stop.wait()
+            await self._next.acquire()
 
-    async def finish(self) -> None:
-        self.stop.set()
-        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+    async def end(self) -> list[str]:
+        """Answer all, one after the other; give those that were turned away."""
+        for _ in self.tasks:
+            self._next.release()
+        found = await asyncio.gather(*self.tasks.values(), return_exceptions=True)
         assert (self.admission.in_flight, self.admission.queued) == (0, 0)
+        return [name for name, one in zip(self.tasks, found, strict=True) if isinstance(one, QueueFull)]
 
 
-async def test_people_take_turns_and_positions_say_so() -> None:
-    people = _People(Admission("m", 1, 100))
-    await people.ask("ada0", "ada1", "ada2", "ada3", "ben1", "ben2", "cleo1")
-    await people.ask("dan1", priority="batch")
-    turns = ["ada1", "ben1", "cleo1", "ada2", "ben2", "ada3", "dan1"]
-    assert people.admission.positions() == {name: number for number, name in enumerate(turns, 1)}
-    people.tasks["ben1"].cancel()
-    await people.finish()
-    assert people.order == ["ada0", "ada1", "ben2", "cleo1", "ada2", "ada3", "dan1"]
+async def test_people_take_turns() -> None:
+    people = Class()
+    await people.ask(*(f"a{number}" for number in range(200)), "b0", "b1", "c0")
+    # Positions are those of the order that follows.
+    promised = sorted(people.admission.positions().items(), key=lambda one: one[1])
+    assert await people.end() == []
+    assert people.order[:7] == ["a0", "a1", "b0", "c0", "a2", "b1", "a3"]
+    assert people.order[7:] == [f"a{number}" for number in range(4, 200)]
+    assert promised == [(name, number) for number, name in enumerate(people.order[1:], 1)]
 
 
-async def test_who_has_most_in_a_full_queue_makes_room_for_those_who_have_less() -> None:
-    people = _People(Admission("m", 1, 4))
-    await people.ask("ada0", "ada1", "ada2", "ada3", "ada4")
-    await people.ask("ada5")  # their own do not push each other out
-    await people.ask("ben1", "ben2", "ben3")
-    full = {name for name, task in people.tasks.items() if task.done() and isinstance(task.exception(), QueueFull)}
-    assert full == {"ada5", "ada4", "ada3", "ben3"}
-    await people.ask("cleo1", "dan1", "eva1")
-    assert set(people.admission.positions()) == {"ada1", "ben1", "cleo1", "dan1"}
-    assert isinstance(people.tasks["eva1"].exception(), QueueFull)
-    await people.finish()
+async def test_who_comes_later_waits_for_one_request_of_each() -> None:
+    people = Class()
+    await people.ask("a0", "a1", "a2", "a3", "b0", "b1")
+    people._next.release()
+    while len(people.order) < 2:
+        await asyncio.sleep(0)
+    await people.ask("c0")  # a1 runs: it is b's turn
+    await people.end()
+    assert people.order == ["a0", "a1", "b0", "a2", "c0", "b1", "a3"]
+
+
+async def test_people_go_before_batches_in_turns_of_their_own() -> None:
+    people = Class()
+    await people.ask("x0")
+    await people.ask("a0", "a1", "a2", "b0", priority="batch")
+    await people.ask("a3", "a4", "b1")
+    promised = people.admission.positions()
+    await people.end()
+    assert people.order == ["x0", "a3", "b1", "a4", "a0", "b0", "a1", "a2"]
+    assert promised == {name: number for number, name in enumerate(people.order) if number}
+
+
+async def test_who_leaves_in_the_middle_takes_nobodys_turn() -> None:
+    people = Class()
+    await people.ask("x0", "a0", "a1", "b0", "c0", "c1")
+    for name in ("a0", "b0", "c1"):
+        people.tasks[name].cancel()
+    await asyncio.sleep(0)
+    assert people.admission.positions() == {"a1": 1, "c0": 2}
+    await people.end()
+    assert people.order == ["x0", "a1", "c0"]
+
+
+async def test_nobody_alone_fills_the_queue() -> None:
+    people = Class(max_queued=4)
+    await people.ask("a0", "a1", "a2", "a3", "a4")
+    await people.ask("a5", "b0", "b1", "c0", "b2")
+    # a5 finds it full; b0, b1 and c0 take the places of a's last ones; b2 would have more than anybody else.
+    assert await people.end() == ["a2", "a3", "a4", "a5", "b2"]
+    assert people.order == ["a0", "a1", "b0", "c0", "b1"]
+
+
+async def test_a_full_queue_of_batches_is_shared_too() -> None:
+    people = Class(max_queued=3)
+    await people.ask("x0")
+    await people.ask("a0", "a1", "a2", "b0", priority="batch")
+    await people.ask("c0", priority="interactive")
+    assert await people.end() == ["a1", "a2"]
+    assert people.order == ["x0", "c0", "a0", "b0"]
+
+
+async def test_turns_by_chance_are_those_of_a_plain_list() -> None:
+    chance = random.Random(3)
+    for _ in range(50):
+        turns, lists = Turns(), dict[str | None, list[Slot]]()
+        for _ in range(100):
+            if chance.random() < 0.6 or not lists:
+                slot = Slot(user=chance.choice("abcd"))
+                turns.add(slot)
+                lists.setdefault(slot.user, []).append(slot)
+            elif chance.random() < 0.5:
+                user = next(iter(lists))
+                slots = lists.pop(user)
+                assert turns.next() is slots.pop(0)
+                if slots:
+                    lists[user] = slots
+            else:
+                slot = chance.choice([slot for slots in lists.values() for slot in slots])
+                turns.discard(slot)
+                turns.discard(slot)  # twice is once
+                lists[slot.user].remove(slot)
+                lists = {user: slots for user, slots in lists.items() if slots}
+            assert len(turns) == sum(map(len, lists.values())) == len(list(turns))

@@ -18,7 +18,7 @@ from aiohttp import web
 from hub import Hub, free_ports
 from hub_service import KEY, config, person, wait_for_service
 from mock_upstream import ANSWER, USAGE, MockUpstream
-from support import START_SECONDS
+from support import START_SECONDS, scaled
 
 from llmkit.client import Client
 from llmkit.errors import BudgetExhausted
@@ -29,7 +29,8 @@ STUDENTS = [f"student{number}" for number in range(60)]
 PROMPTS = 20
 AT_ONCE = 4
 """Requests that the endpoint takes at once; one more is a 429."""
-PROXY_SECONDS = 10.0
+PROXY_SECONDS = 60.0 if scaled(1) > 1 else 10.0
+"""With `make soak`, a load of three minutes through a proxy that waits one."""
 _MILLISECONDS = f"{PROXY_SECONDS * 1000:.0f}"
 PROXY = f"""
 c.ConfigurableHTTPProxy.command += ["--proxy-timeout", "{_MILLISECONDS}", "--timeout", "{_MILLISECONDS}"]
@@ -140,7 +141,7 @@ def test_a_load_takes_longer_than_the_proxy_waits(service: tuple[Hub, int], teac
     # The limit is there: one request that waits for the load is cut off, and the load goes on.
     path = f"{teacher.url}llm/load_model/{teacher.model('slow').config_id}"
     with (
-        httpx.Client(headers=teacher.connection.server.headers, trust_env=False, timeout=60) as plain,
+        httpx.Client(headers=teacher.connection.server.headers, trust_env=False, timeout=3 * PROXY_SECONDS) as plain,
         contextlib.suppress(httpx.RemoteProtocolError),  # the connection was closed, without a word
     ):
         assert plain.post(path).status_code >= 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from kernels import ServerKernel
 from mock_upstream import ANSWER, USAGE, MockUpstream
 from support import DEMO, LOAD_SECONDS, QUESTION, START_SECONDS, own_environment, wait_until
 
+from llmkit.cli import main
 from llmkit.client import Client, Watcher, connect
 from llmkit.errors import KeyNotAllowed, LLMKitError, NotAllowed, RefusedByOperator, RequestNotFound
 
@@ -141,6 +143,25 @@ def test_a_stream_comes_through_while_it_goes_on(student: Client, model: str, up
         upstream.respond = None
 
 
+def test_who_waits_is_told_where_through_the_proxy(teacher: Client, student: Client, upstream: MockUpstream) -> None:
+    kwargs = {"base_url": upstream.base_url, "api_key": "env:CLASS_API_KEY"}
+    teacher.configure("one", "gpt-3", "openai", kwargs, max_in_flight=1)
+    teacher.load("one", progress=False)
+    upstream.never_end("word ", 0.2)
+    body = {"model_id": "one", "prompt": "Hello", "inference_kwargs": {"stream": True}}
+    try:
+        with teacher.stream("one", "Hello") as theirs:
+            assert next(theirs) == "word "
+            with student.connection.stream("POST", "llm/inference/", json=body, seconds=START_SECONDS) as waiting:
+                lines = waiting.iter_lines()
+                assert next(lines) == ": queued, position 1"  # the proxy does not keep it back
+                theirs.close()
+                assert json.loads(next(line for line in lines if line.startswith("data:"))[5:])["delta"] == "word "
+    finally:
+        upstream.respond = None
+        teacher.delete("one", unload=True)
+
+
 # -- whose it is ----------------------------------------------------------------------------------------------
 
 
@@ -229,6 +250,7 @@ def test_usage_is_kept_by_name(teacher: Client, student: Client, model: str) -> 
     student.prompt(model, "Hello")
     before = tokens(student)
     assert before.keys() == {"sam"}
+    teacher.prompt(model, "Hello")
     student.prompt(model, "Hello")
     assert tokens(student)["sam"] - before["sam"] == USAGE["total_tokens"]
     assert tokens(teacher).keys() > {"sam"}
@@ -236,6 +258,26 @@ def test_usage_is_kept_by_name(teacher: Client, student: Client, model: str) -> 
     assert table.headers["Content-Type"].startswith("text/csv")
     assert table.text.splitlines()[0] == "day,user,model_id,requests,tokens"
     assert f",sam,{model}," in table.text
+    (mine,) = [one for one in student.usage() if one.model_id == model]
+    assert (mine.user, mine.tokens) == ("sam", tokens(student)["sam"])
+    assert set(teacher.usage().to_frame()["user"]) > {"sam"}
+
+
+def test_usage_in_a_terminal(
+    hub: Hub, student: Client, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student.prompt(model, "Hello")
+    monkeypatch.setenv("LLMKIT_SERVER_URL", student.url)
+    monkeypatch.setenv("LLMKIT_TOKEN", hub.token_of("sam"))
+    used = next(one for one in student.usage() if one.model_id == model)
+    cells = [str(value) for value in used.model_dump().values()]
+    told = []
+    for more in ([], ["--csv"], ["--json"]):
+        assert main(["usage", *more]) == 0
+        told.append(capsys.readouterr().out)
+    assert cells in [line.split() for line in told[0].splitlines()]
+    assert ",".join(cells) in told[1].splitlines()
+    assert used.model_dump() in json.loads(told[2])["usage"]
 
 
 @pytest.mark.vllm

@@ -316,6 +316,23 @@ def test_what_the_operator_declared_says_why_it_cannot_be_changed(lane: Lane) ->
             client.close()
 
 
+def test_a_button_that_the_server_would_refuse_says_why(stage: Stage, configure: Callable[[str], None]) -> None:
+    configure("ask")
+    told = stage.row("ask").model.model_copy(update={"status": "loaded", "loaded_by": "ada"})
+    why = {"unload": "The load is that of ada.", "delete": "The load is that of ada."}
+    row = ModelRow(stage.tab._desk, told.model_copy(update={"refuses": why}))  # as a shared server tells it
+    try:
+        assert (row.unload.disabled, row.unload.tooltip) == (True, why["unload"])
+        assert (row.delete.disabled, row.delete.tooltip) == (True, why["delete"])
+        assert not any(each.disabled for each in (row.ask, row.edit, row.duplicate))
+        row.update(told.model_copy(update={"reason": "an event"}))  # which says nothing of it
+        assert row.unload.disabled
+        row.count(told.model_copy(update={"refuses": {}}))
+        assert (row.unload.disabled, row.unload.tooltip) == (False, "Unload ask")
+    finally:
+        row.close()
+
+
 @pytest.mark.parametrize("may", [{"read"}, {"read", "execute"}])
 def test_who_may_not_change_models_gets_no_button_that_would(
     may: set[str], client: Client, lane: Lane, configure: Callable[[str], None]

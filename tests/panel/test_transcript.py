@@ -42,6 +42,20 @@ def test_only_what_is_new_is_sent(transcript: Transcript, sent: list[dict[str, A
     assert transcript.turns[0].text == "token " * 1000
 
 
+def test_what_waits_says_so_until_something_comes(transcript: Transcript, sent: list[dict[str, Any]]) -> None:
+    transcript.begin("demo", "What?")
+    for note in ("Waiting: place 2 in the queue.", "Waiting: place 2 in the queue.", "Waiting: place 1 in the queue."):
+        transcript.wait(note)
+    assert [message["note"] for message in sent[1:]] == [
+        "Waiting: place 2 in the queue.",
+        "Waiting: place 1 in the queue.",
+    ]
+    transcript.append("This.")
+    transcript.wait("Waiting: place 1 in the queue.")  # told too late
+    assert [message["type"] for message in sent] == ["begin", "wait", "wait", "append"]
+    assert transcript.turns[0].note == ""
+
+
 def test_nothing_of_it_is_in_the_widgets_state(transcript: Transcript) -> None:
     transcript.begin("demo", "a-private-question", [PICTURE])
     transcript.append("a-private-answer", "a-private-thought")

