@@ -29,7 +29,6 @@ NODE = (
     "--object-store-memory=80000000",
     "--disable-usage-stats",
 )
-PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "metrics-export-port", "runtime-env-agent-port")
 NODE_SECONDS = 60.0
 
 
@@ -47,9 +46,7 @@ def free_port() -> int:
 
 
 def start_node(*options: str) -> subprocess.Popen[bytes]:
-    # A node that chooses the ports of its agents by itself gives up where these take 15 s to say what they are.
-    ports = [f"--{name}={free_port()}" for name in PORTS]
-    command = [str(Path(sys.executable).with_name("ray")), "start", *NODE, *ports, *options]
+    command = [str(Path(sys.executable).with_name("ray")), "start", *NODE, *options]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -58,7 +55,7 @@ def alive() -> int:
 
 
 def add_node(address: str) -> subprocess.Popen[bytes]:
-    """Start a node until one stays: beside busy replicas it may give itself up."""
+    """Start a node until one stays: Ray gives it up where its agent takes 15 s to start, as beside busy replicas."""
     there = alive()
     while True:
         node = start_node(f"--address={address}")
