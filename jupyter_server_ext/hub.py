@@ -47,8 +47,9 @@ def hide_token(provider: Any) -> None:
 
     In the server of one user that token is the user's own; here a page of an error would give it to each of them.
     """
-    kind = type(provider)
-    provider.__class__ = type(kind)(kind.__name__, (kind,), {"token": "", "__module__": kind.__module__})
+    kind: Any = type(provider)
+    make: Any = type(kind)
+    provider.__class__ = make(kind.__name__, (kind,), {"token": "", "__module__": kind.__module__})
 
 
 class HubAuthorizer(Authorizer):
