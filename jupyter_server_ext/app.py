@@ -218,6 +218,8 @@ class LLMKitApp(ExtensionApp):
         self._owner_watch: asyncio.Task[None] | None = None
         self._retry_at = 0.0
         self._openapi: dict[str, Any] | None = None
+        if hub.service_name(os.environ):
+            hub.hide_token(self._server.identity_provider)
         for schema in sorted(EVENT_SCHEMAS.rglob("*.yaml")):
             self._server.event_logger.register_event_schema(schema)
 

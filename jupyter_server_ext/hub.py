@@ -42,6 +42,16 @@ def check_identity(provider: Any) -> None:
         )
 
 
+def hide_token(provider: Any) -> None:
+    """Let the pages of a service not hold its own token of the Hub, which Jupyter writes into every page of HTML.
+
+    In the server of one user that token is the user's own; here a page of an error would give it to each of them.
+    """
+    kind: Any = type(provider)
+    make: Any = type(kind)
+    provider.__class__ = make(kind.__name__, (kind,), {"token": "", "__module__": kind.__module__})
+
+
 class HubAuthorizer(Authorizer):
     """Decides by JupyterHub's scopes who may prompt, who may load, and who may administer.
 
