@@ -37,7 +37,7 @@ test: $(READY)  ## every test, in tiers; installs Chromium and JupyterHub's prox
 test-fast: $(READY)  ## the tests that need neither vLLM nor Ray nor a browser
 	$(BIN)/python -m pytest -m "not vllm and not ray and not browser" $(ARGS)
 
-test-ray: $(READY)  ## installs Ray and runs all tests of models on a cluster, in about 10 minutes
+test-ray: $(READY)  ## installs Ray and runs all tests of models on a cluster
 	@$(BIN)/python -m pip install -qq --editable '.[ray]'
 	$(BIN)/python -m pytest -m ray $(ARGS)
 

@@ -75,7 +75,7 @@ class Stage:
         def find() -> ModelRow | None:
             return next((row for row in list(self.tab.rows.values()) if row.model.model_id == model_id), None)
 
-        return wait_until(lambda: find() or False, f"the row of {model_id}", 5) or pytest.fail("no row")
+        return wait_until(lambda: find() or False, f"the row of {model_id}", 20) or pytest.fail("no row")
 
     def status(self, model_id: str, status: str) -> ModelRow:
         row = self.row(model_id)
