@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from mock_upstream import MockUpstream
 from registry_stage import RegistryStage, configure
 
 from llmkit.errors import (
@@ -21,17 +18,6 @@ from llmkit.errors import (
     ModelLiveElsewhere,
 )
 from llmkit.schemas import ModelConfigRequest
-
-
-@pytest.fixture
-def upstream() -> Iterator[MockUpstream]:
-    with MockUpstream() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(tmp_path: Path, upstream: MockUpstream) -> RegistryStage:
-    return RegistryStage(tmp_path, upstream)
 
 
 def asked(model_id: str, size: int = 100, **fields: Any) -> ModelConfigRequest:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,17 +19,6 @@ from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import UsageOfDay
 
 ADA, BEN, GRACE = Person("ada"), Person("ben"), Person("grace", administers=True)
-
-
-@pytest.fixture
-def upstream() -> Iterator[MockUpstream]:
-    with MockUpstream() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(tmp_path: Path, upstream: MockUpstream) -> RegistryStage:
-    return RegistryStage(tmp_path, upstream)
 
 
 async def usage(registry: ModelRegistry, by: Person) -> UsageOfDay | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,6 @@ from llmkit.process.devices import Devices
 from llmkit.registry import policies
 from llmkit.registry.registry import ModelRegistry
 from llmkit.schemas import Configuration, MemoryEstimate, ModelConfigRequest
-
-
-@pytest.fixture
-def upstream() -> Iterator[MockUpstream]:
-    with MockUpstream() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(tmp_path: Path, upstream: MockUpstream) -> RegistryStage:
-    return RegistryStage(tmp_path, upstream)
 
 
 def changed(size: int, **fields: Any) -> ModelConfigRequest:

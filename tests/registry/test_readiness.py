@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -497,12 +497,6 @@ async def cancel(task: asyncio.Task[Any]) -> None:
 
 
 # -- in the registry -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def upstream() -> Iterator[MockUpstream]:
-    with MockUpstream() as running:
-        yield running
 
 
 class PreparedStage(RegistryStage):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,6 @@ from mock_upstream import MockUpstream, chat_answer
 from registry_stage import RegistryStage, ask, configure, until
 
 from llmkit.errors import NoRoom
-
-
-@pytest.fixture
-def upstream() -> Iterator[MockUpstream]:
-    with MockUpstream() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(tmp_path: Path, upstream: MockUpstream) -> RegistryStage:
-    return RegistryStage(tmp_path, upstream)
 
 
 class Slow:
