@@ -78,10 +78,13 @@ class Notebook:
         before = self.file.stat().st_mtime_ns
         self.page.locator("[data-command='docmanager:save']").first.click()
         deadline = time.monotonic() + 10
-        while self.file.stat().st_mtime_ns == before and time.monotonic() < deadline:
+        text = ""
+        while not text and time.monotonic() < deadline:
             self.page.wait_for_timeout(50)
-        assert self.file.stat().st_mtime_ns != before
-        return self.file.read_text()
+            if self.file.stat().st_mtime_ns != before:
+                text = self.file.read_text()  # nothing, for a moment, while it is being written
+        assert text
+        return text
 
     def use_theme(self, name: str) -> None:
         """Choose a theme of JupyterLab from its menu."""
