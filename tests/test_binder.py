@@ -58,7 +58,7 @@ def lines(name: str) -> list[str]:
 
 def test_requirements_are_installed_after_the_repository_was_copied() -> None:
     # A line that begins with a dot is what tells repo2docker to wait for that.
-    assert lines("requirements.txt") == ["."]
+    assert lines("requirements.txt") == [".[notebooks]"]
 
 
 def test_packages_of_the_system_are_named_as_repo2docker_wants_them() -> None:
