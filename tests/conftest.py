@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     known yet; in one process, as with ``make test-fast``, it is an error as all other warnings are.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
-        found = r"Exception ignored in: <socket\.socket fd=\d+, family=2".replace(":", r"\x3a")
+        found = r"Exception ignored in\x3a <socket\.socket fd=\d+, family=2"  # a colon ends a field of the filter
         config.addinivalue_line("filterwarnings", f"default:{found}:pytest.PytestUnraisableExceptionWarning")
 
 

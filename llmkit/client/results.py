@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from html import escape
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import PrivateAttr
 
 from llmkit import schemas
 from llmkit._version import __version__
 from llmkit.client.markdown import harmless
+from llmkit.errors import LLMKitError
 from llmkit.schemas import Wire
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 KEY = "api_key"
 _COLUMNS = ("model_id", "status", "model_type", "model_name", "memory", "error")
@@ -272,6 +277,34 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def data_frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], otherwise: str) -> DataFrame:
+    """Give rows as a `pandas.DataFrame`.
+
+    Parameters
+    ----------
+    rows
+        By column.
+    columns
+        In their order, also where there are no rows.
+    otherwise
+        Where the same is to be had without pandas, for the hint.
+
+    Raises
+    ------
+    LLMKitError
+        If pandas is not installed.
+    """
+    try:
+        pandas = importlib.import_module("pandas")
+    except ImportError:
+        raise LLMKitError(
+            "A DataFrame needs pandas, which is not installed in this kernel.",
+            hint=f"%pip install pandas, then ask again; {otherwise}",
+        ) from None
+    made: DataFrame = pandas.DataFrame(list(rows), columns=list(columns))
+    return made
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:

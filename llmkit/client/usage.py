@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Self
 
-from llmkit.client.results import html_table, text_table
-from llmkit.errors import LLMKitError, NotSupported
+from llmkit.client.results import data_frame, html_table, text_table
+from llmkit.errors import NotSupported
 from llmkit.schemas import UsageList, UsageOfDay
 
 if TYPE_CHECKING:
@@ -87,15 +86,8 @@ class Usage(list[UsageOfDay]):
         >>> int(Usage([day, day]).to_frame()["tokens"].sum())
         80
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            raise LLMKitError(
-                "A DataFrame needs pandas, which is not installed in this kernel.",
-                hint="%pip install pandas, then ask again; usage itself is a list of the same days.",
-            ) from None
-        made: DataFrame = pandas.DataFrame([one.model_dump() for one in self], columns=list(COLUMNS))
-        return made
+        rows = (one.model_dump() for one in self)
+        return data_frame(rows, COLUMNS, "usage itself is a list of the same days.")
 
     def __repr__(self) -> str:
         days = text_table([COLUMNS, *self._rows()]) if self else "Nothing was asked yet."

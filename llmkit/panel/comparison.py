@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from llmkit.client import Answer
-from llmkit.client.results import describe_engine
-from llmkit.errors import LLMKitError
+from llmkit.client.results import data_frame, describe_engine
 from llmkit.panel.markup import seconds_in_words
 
 if TYPE_CHECKING:
@@ -115,15 +113,7 @@ def to_dataframe(rows: Sequence[Row]) -> DataFrame:
     LLMKitError
         If pandas is not installed.
     """
-    try:
-        pandas = importlib.import_module("pandas")
-    except ImportError:
-        raise LLMKitError(
-            "A DataFrame needs pandas, which is not installed in this kernel.",
-            hint="%pip install pandas, then ask again; panel.compare.results gives the same as a list.",
-        ) from None
-    made: DataFrame = pandas.DataFrame(list(rows), columns=list(COLUMNS))
-    return made
+    return data_frame(rows, COLUMNS, "panel.compare.results gives the same as a list.")
 
 
 def _best(rows: Sequence[Row], name: str) -> Any:
