@@ -6,7 +6,6 @@ import contextlib
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any, Self
 
 import httpx
 import psutil
-from support import own_environment, processes_using, proxy_of_jupyterhub, wait_until
+from support import free_port, own_environment, processes_using, proxy_of_jupyterhub, wait_until
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -48,15 +47,6 @@ c.JupyterHub.load_roles = [dict(
 """
 
 
-def free_ports(count: int) -> list[int]:
-    """Give ports of this machine on which nobody listens."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 class Hub:
     """Runs JupyterHub until the block ends; then nothing of it is left, no process and no folder.
 
@@ -85,7 +75,7 @@ class Hub:
         self.run_dir = Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp"))
         self.log_file = self.folder / "hub.log"
         self.token = secrets.token_hex(16)
-        port, self.hub_port, proxy_port = free_ports(3)
+        port, self.hub_port, proxy_port = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}/"
         (self.folder / "home").mkdir()
         (self.folder / "jupyterhub_config.py").write_text(
@@ -135,7 +125,9 @@ class Hub:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            error.add_note(f"log of JupyterHub:\n{self.log[-6000:]}")
+            # Without what the proxy says to whoever asks again and again whether something has started.
+            lines = [line for line in self.log.splitlines() if "[ConfigProxy]" not in line or " 404 GET " not in line]
+            error.add_note("\n".join(("log of JupyterHub:", *lines))[-6000:])
         self.close()
 
     def _answers(self) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from support import free_port
 
 STRANGER = "somebody-elses"
 NODE = (
@@ -36,13 +36,6 @@ NODE_SECONDS = 60.0
 class Stranger:
     async def __call__(self) -> str:
         return "still here"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start_node(*options: str) -> subprocess.Popen[bytes]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -29,6 +31,8 @@ PROXY_FOLDER = "npm"
 """Where in the virtual environment JupyterHub's proxy is installed."""
 MARKERS = ("gpu", "vllm", "ray", "browser", "hub")
 """What a test is marked with that needs more of a machine than Python."""
+FREE_PORTS = range(20_000, 32_000)
+"""Below those of clients on Linux: else one of them could take a port before the server that it is meant for."""
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 START_SECONDS = 60.0
@@ -94,6 +98,19 @@ def wait_until(condition: Callable[[], T], what: str, seconds: float = 10.0, int
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(interval)
     return value
+
+
+_begin = secrets.randbelow(len(FREE_PORTS))  # not where another test process begins
+_ports = itertools.cycle((*FREE_PORTS[_begin:], *FREE_PORTS[:_begin]))
+
+
+def free_port() -> int:
+    """Give a port of 127.0.0.1 on which nobody listens; the same one never soon again."""
+    for port in itertools.islice(_ports, len(FREE_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("every port is taken")
 
 
 def scaled(count: int) -> int:

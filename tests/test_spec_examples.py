@@ -11,7 +11,6 @@ import ast
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from mock_upstream import MockUpstream
-from support import IN_CI, LOAD_SECONDS, JupyterServer, own_environment, wait_until
+from support import IN_CI, LOAD_SECONDS, JupyterServer, free_port, own_environment, wait_until
 
 from llmkit.demo import demo_model_path
 
@@ -190,9 +189,7 @@ def test_the_examples_answer_as_documented(server_of_mock: JupyterServer, langua
 @pytest.fixture(scope="module")
 def gpt_3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the demo model with ``vllm serve`` under the name of the specification; give its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("gpt-3")
     command = [
         *[sys.executable, "-m", "llmkit.engines.vllm.launch", "serve", str(demo_model_path())],

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from support import JupyterServer, own_environment
+from support import JupyterServer, free_port, own_environment
 
 from benchmarks.payloads import MODEL, chat_body
-from benchmarks.processes import EXTENSIONS, BenchmarkError, Child, Upstream, family, free_port
+from benchmarks.processes import EXTENSIONS, BenchmarkError, Child, Upstream, family
 from benchmarks.venvs import python_of
 
 START_SECONDS = 120.0

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,13 +26,6 @@ END_SECONDS = 10.0
 
 class BenchmarkError(Exception):
     """A benchmark whose figures would mean nothing: a request failed, or a process is gone."""
-
-
-def free_port() -> int:
-    """Give a port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def family(pid: int) -> list[int]:

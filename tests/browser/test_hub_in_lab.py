@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hub import Hub, free_ports
+from hub import Hub
 from hub_service import KEY, config, person, wait_for_service
 from mock_upstream import ANSWER, MockUpstream
 from playwright.sync_api import Page, expect
-from support import START_SECONDS, wait_until
+from support import START_SECONDS, free_port, wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.hub, pytest.mark.timeout(10 * START_SECONDS)]
 
@@ -40,7 +40,7 @@ def log_in(page: Page, hub: Hub, name: str) -> Place:
 
 
 def test_a_student_at_the_teachers_model(page: Page, open_in: Any) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     with MockUpstream(key=KEY) as upstream, Hub(config(port, LIMIT)) as hub:
         wait_for_service(hub)
         hub.start_server("ada")

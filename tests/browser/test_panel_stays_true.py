@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from mock_upstream import ANSWER, MockUpstream
-from support import QUESTION, JupyterServer
+from support import QUESTION, JupyterServer, free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -128,9 +127,7 @@ def test_a_saved_notebook_without_a_kernel_says_that_the_cell_is_to_be_run(
 
 
 def test_a_server_that_restarts_is_said_and_joined_again(open_in: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # The kernel of the notebook ends with its server, so the panel watches another one.
     with JupyterServer("lab") as lab, JupyterServer("server", port=port) as watched:
         watched.configure("seen", model_type="openai", model_name="x")

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from echo_upstream import Echo
 from fake_engine_type import PLUGIN
-from support import REPOSITORY, JupyterServer, scaled, wait_until
+from support import REPOSITORY, JupyterServer, free_port, scaled, wait_until
 
 from llmkit.client import Client, batch_asking, batch_server, connect
 from llmkit.errors import LLMKitError, TimedOut, WrongState
@@ -46,10 +46,7 @@ def echo() -> Iterator[Echo]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-    return number
+    return free_port()
 
 
 def configure(client: Client, echo: Echo, **fields: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from mock_upstream import MockUpstream
-from support import JupyterServer, wait_until
+from support import JupyterServer, free_port, wait_until
 
 from llmkit.client import Client, Watcher, connect
 from llmkit.client import events as module
@@ -124,12 +124,7 @@ def test_a_server_that_goes_and_comes_back_is_shown_and_joined_again(unused_port
 
 @pytest.fixture
 def unused_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_port()
 
 
 # -- the order of events, without a server -------------------------------------------------------------------------

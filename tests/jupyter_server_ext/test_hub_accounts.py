@@ -21,11 +21,11 @@ import pytest
 import websocket
 from accounts import Accounts, why_not
 from aiohttp import web
-from hub import Hub, free_ports
+from hub import Hub
 from hub_service import config, person, wait_for_service
 from kernels import ServerKernel
 from mock_upstream import ANSWER, MockUpstream, event
-from support import START_SECONDS, wait_until
+from support import START_SECONDS, free_port, wait_until
 
 from llmkit.client import Client
 
@@ -107,7 +107,7 @@ def upstream() -> Iterator[MockUpstream]:
 
 @pytest.fixture(scope="module")
 def school() -> Iterator[School]:
-    (port,) = free_ports(1)
+    port = free_port()
     hub = Hub(config(port))
     uids: list[int] = []
     try:

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from aiohttp import web
-from hub import Hub, free_ports
+from hub import Hub
 from hub_service import KEY, config, person, wait_for_service
 from mock_upstream import ANSWER, USAGE, MockUpstream
-from support import START_SECONDS, scaled
+from support import START_SECONDS, free_port, scaled
 
 from llmkit.client import Client
 from llmkit.errors import BudgetExhausted
@@ -69,7 +69,7 @@ def upstream() -> Iterator[LimitedUpstream]:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[tuple[Hub, int]]:
-    (port,) = free_ports(1)
+    port = free_port()
     limits = [f"--LLMKitApp.user_limits=requests_per_day={PROMPTS}", "--LLMKitApp.user_limits=tokens_per_day=100000"]
     with Hub(config(port, *limits) + PROXY) as running:
         wait_for_service(running)

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from hub import Hub, free_ports
+from hub import Hub
 from hub_service import KEY, config, person, wait_for_service
 from kernels import ServerKernel
 from mock_upstream import ANSWER, MockUpstream
-from support import START_SECONDS
+from support import START_SECONDS, free_port
 
 from jupyter_server_ext.handlers import ROUTES
 from jupyter_server_ext.openapi import described
@@ -76,7 +76,7 @@ def upstream() -> Iterator[MockUpstream]:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    (port,) = free_ports(1)
+    port = free_port()
     with Hub(config(port)) as running:
         wait_for_service(running)
         yield running

@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from hub import Hub, free_ports
+from hub import Hub
 from hub_service import AFTER, BEFORE, DOCUMENTED, KEY, PAGE, config, person, wait_for_service
 from kernels import ServerKernel
 from mock_upstream import ANSWER, USAGE, MockUpstream
-from support import DEMO, LOAD_SECONDS, QUESTION, START_SECONDS, own_environment, wait_until
+from support import DEMO, LOAD_SECONDS, QUESTION, START_SECONDS, free_port, own_environment, wait_until
 
 from llmkit.cli import main
 from llmkit.client import Client, Watcher, connect
@@ -34,7 +34,7 @@ def upstream() -> Iterator[MockUpstream]:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    (port,) = free_ports(1)
+    port = free_port()
     with Hub(config(port)) as running:
         wait_for_service(running)
         yield running
@@ -330,7 +330,7 @@ def test_a_kernel_finds_the_service_and_the_own_registry_too(hub: Hub, model: st
 
 
 def test_a_service_that_the_hub_does_not_start(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     external = "_service.pop('command'); _service.pop('user'); _service['api_token'] = 'token-of-the-service'\n"
     external += "_service['timeout'] = 1\n"  # it is started after the Hub
     (script,) = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

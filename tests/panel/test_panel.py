@@ -10,7 +10,7 @@ import ipywidgets as w
 import pytest
 from aiohttp import web
 from mock_upstream import MockUpstream
-from support import JupyterServer, wait_until
+from support import JupyterServer, free_port, wait_until
 
 import llmkit
 from llmkit.client import Client, connect
@@ -287,11 +287,7 @@ def test_a_panel_that_nobody_sees_follows_nothing_and_begins_again_when_it_is_se
 
 
 def test_a_server_that_goes_is_shown_and_joined_again_when_it_comes_back() -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with JupyterServer("server", port=port) as server:
         client = connect(server.url, server.token)
         made = Panel(client)
