@@ -1,8 +1,9 @@
 """A Ray cluster of two nodes on this machine, with Ray Serve: ``python ray_cluster.py FOLDER``.
 
-What it listens at is on 127.0.0.1. Its address, and that of Ray Serve, go to ``FOLDER/cluster.json`` when it is ready.
-SIGUSR1 kills the node that is not the head's; SIGUSR2 starts another one. An application of somebody else runs there,
-`STRANGER`. It is meant to be run under a guardian, which ends all of its processes.
+Ray's processes listen at every address of the machine; the token of `RayCluster` keeps others out of the cluster. Its
+address, and that of Ray Serve, go to ``FOLDER/cluster.json`` when it is ready. SIGUSR1 kills the node that is not the
+head's; SIGUSR2 starts another one. An application of somebody else runs there, `STRANGER`. It is meant to be run under
+a guardian, which ends all of its processes.
 """
 
 from __future__ import annotations
