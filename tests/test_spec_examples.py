@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from mock_upstream import MockUpstream
-from support import IN_CI, LOAD_SECONDS, JupyterServer, free_port, own_environment, wait_until
+from support import ANSWER, IN_CI, LOAD_SECONDS, QUESTION, JupyterServer, free_port, own_environment, wait_until
 
 from llmkit.demo import demo_model_path
 
@@ -231,3 +231,15 @@ def test_the_examples_answer_as_documented_by_a_real_engine(gpt_3: str) -> None:
     with JupyterServer(env={"OPENAI_BASE_URL": gpt_3}) as server:
         for language in RUNNERS:
             follow(server, language)
+
+
+@pytest.mark.vllm
+def test_vllm_that_runs_elsewhere_has_what_it_has_beside_openais_api(gpt_3: str) -> None:
+    with JupyterServer() as server:
+        server.load(server.configure("far", model_name="gpt-3", model_type="openai", model_kwargs={"base_url": gpt_3}))
+        assert server.request("GET", "llm/models/far").json()["capabilities"]["max_model_len"] == 512
+        tokens = server.request("POST", "llm/v1/tokenize", json={"model": "far", "prompt": QUESTION}).json()
+        assert tokens["count"] == len(tokens["tokens"]) > 3
+        assert "vllm:num_requests_running{" in server.request("GET", "llm/models/far/metrics").text
+        answer = server.request("POST", "llm/inference/", json={"model_id": "far", "prompt": QUESTION}).json()
+        assert answer["response"] == ANSWER

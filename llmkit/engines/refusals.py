@@ -32,6 +32,8 @@ _CONTEXT_WORDS: Final = re.compile(
     r"context[ _]size|maximum number of tokens|`inputs` tokens \+ `max_new_tokens` must be",
     re.IGNORECASE,
 )
+_OF_TERMINALS: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+"""Colours and other orders to a terminal, as in tracebacks that Ray sends along."""
 _KEY_RUN: Final = 8
 _LONGEST_RETRY_SECONDS: Final = 86_400.0
 
@@ -171,7 +173,7 @@ def _fields(body: bytes) -> dict[str, Any]:
 def _message(body: bytes) -> str:
     fields = _fields(body)
     said = fields.get("message") or fields.get("detail") or ("" if fields else body.decode("utf-8", "replace"))
-    return " ".join(str(said).split())[:1000]
+    return " ".join(_OF_TERMINALS.sub("", str(said)).split())[:1000]
 
 
 def _param(body: bytes) -> str | None:

@@ -418,3 +418,8 @@ def test_a_failure_without_words_ends_with_its_status() -> None:
 )
 def test_a_prompt_that_is_too_long_is_known_by_more_words(error: Any) -> None:
     assert type(of_api(400, json.dumps({"error": error}).encode())) is ContextLengthExceeded
+
+
+def test_orders_to_a_terminal_are_not_passed_on() -> None:
+    error = refused(500, said(f"\x1b[36mray::Replica\x1b[39m\x07 of {KEY[:9]}\x1b[1m{KEY[9:]}\r\nended"))
+    assert error.message == f"{NAME} failed (500): ray::Replica of [key] ended"
