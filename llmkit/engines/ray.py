@@ -455,11 +455,11 @@ def _order(
     assert cluster is not None  # noqa: S101  # as above
     slug, wanted = _slug(configuration.model_id), placement.ray
     on_cpu = not any(wanted.resources.get(device) for device in ("GPU", "TPU"))
-    devices = (arguments.tensor_parallel_size or 1) * (arguments.pipeline_parallel_size or 1)
     environ = engine_environ({}, Path("/tmp"), offline=bool(arguments.offline))  # noqa: S108  # not used
     sent: dict[str, str] = {name: environ[name] for name in (*_TO_REPLICAS, *_TO_REPLICAS_OFFLINE) if name in environ}
     if on_cpu:
-        sent |= {"VLLM_TARGET_DEVICE": "cpu"} | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if devices > 1 else {})
+        # Bound, the workers of all replicas on a node would share its first processors and leave the others idle.
+        sent |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     flags = arguments.model_dump(exclude_none=True, exclude=set(NO_FLAGS))
     what: dict[str, Any] = {
         "model_id": configuration.model_id,

@@ -335,6 +335,7 @@ def test_the_order_holds_no_key_and_the_program_gets_only_the_way_to_the_cluster
     assert not {"RAY_ADDRESS", "HF_TOKEN", "OPENAI_API_KEY"} & made["_environ"].keys()
     assert "hf_secret" not in json.dumps({**made, "_environ": None})
     assert made["environ"]["VLLM_TARGET_DEVICE"] == "cpu"
+    assert made["environ"]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 def test_another_configuration_is_another_deployment(order: Callable[..., dict[str, Any]]) -> None:
