@@ -32,6 +32,7 @@ _HOMES = {
     "load_ipython_extension": "llmkit.magics",  # what `%load_ext llmkit` calls
     "panel": "llmkit.panel",
     "start": "llmkit.client",
+    "unload_ipython_extension": "llmkit.magics",
 }
 
 

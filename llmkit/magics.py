@@ -29,6 +29,7 @@ import re
 import shlex
 import string
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -49,6 +50,8 @@ NAMES_SECONDS = 10.0
 ANSWER_VARIABLE = "_llm"
 COMMANDS = ("models", "load", "unload", "use", "status")
 USAGE = (__doc__ or "").split(".. code-block:: text\n", 1)[-1].strip("\n")
+_loaded: weakref.WeakValueDictionary[int, Magics] = weakref.WeakValueDictionary()
+"""By the shell's identity: the shell has them, and they have the shell."""
 _BLOCK = re.compile(r"^ {0,3}```[^\n`]*\n(.*?)^ {0,3}```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -71,7 +74,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     ... What is the capital of France?
     The capital of France is Paris.
     """
-    magics = Magics(shell)
+    magics = _loaded[id(shell)] = Magics(shell)
 
     # Functions, as IPython marks them: braces are ours, and a variable that is missing is an error.
     @no_var_expand
@@ -87,6 +90,26 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     shell.magics_manager.register_function(cell, "cell", "llm")
     for name in ("%llm", "%%llm"):
         shell.set_hook("complete_command", magics.complete, str_key=name)  # type: ignore[no-untyped-call]
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Take ``%llm`` and ``%%llm`` away; called by ``%unload_ext llmkit`` and ``%reload_ext llmkit``.
+
+    Parameters
+    ----------
+    shell
+        The shell of the kernel.
+
+    Examples
+    --------
+    >>> %unload_ext llmkit
+    """
+    for kind in ("line", "cell"):
+        shell.magics_manager.magics[kind].pop("llm", None)
+    for name in ("%llm", "%%llm"):
+        shell.strdispatchers["complete_command"].strs.pop(name, None)
+    if (magics := _loaded.pop(id(shell), None)) is not None:
+        magics.close()
 
 
 class Magics:

@@ -31,17 +31,6 @@ class LoadedModel(NamedTuple):
     config_id: str
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Show a TCP socket that was left open in a process of xdist, and do not blame the test in which it is found.
-
-    Python finds it whenever it collects garbage, files later: it failed another test in each run. Who leaves it is not
-    known yet; in one process, as with ``make test-fast``, it is an error as all other warnings are.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        found = r"Exception ignored in\x3a <socket\.socket fd=\d+, family=2"  # a colon ends a field of the filter
-        config.addinivalue_line("filterwarnings", f"default:{found}:pytest.PytestUnraisableExceptionWarning")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run; on a continuous-integration machine that is a failure, but for GPU and Ray."""

@@ -57,6 +57,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell
     made = InteractiveShell.instance(ipython_dir=str(tmp_path_factory.mktemp("ipython")), config=options)
     made.run_line_magic("load_ext", "llmkit")
     yield made
+    made.run_line_magic("unload_ext", "llmkit")
     made.atexit_operations()
     atexit.unregister(made.atexit_operations)
     InteractiveShell.clear_instance()
@@ -93,9 +94,7 @@ def notebook(
     client.load("ask", progress=False)
     shell.reset()
     yield Notebook(shell)
-    left = magics(shell)
-    left.close()
-    left._model_id, left._names_until = None, 0.0
+    shell.run_line_magic("reload_ext", "llmkit")  # it forgets server, model and names
 
 
 def magics(shell: InteractiveShell) -> Magics:
@@ -453,6 +452,20 @@ def test_a_server_with_another_token_is_looked_for_again(
     connected.connection._http.headers["Authorization"] = "token of-before"
     with pytest.raises(NotAllowed):
         notebook.run("%llm status")
+    notebook.run("%llm status")
+    assert server.url in notebook.out
+
+
+def test_unloaded_they_are_gone_with_their_connections(notebook: Notebook, server: JupyterServer) -> None:
+    notebook.run("%llm status")
+    connected = magics(notebook.shell)._client
+    assert connected is not None
+    notebook.run("%unload_ext llmkit")
+    assert connected.connection._http.is_closed
+    assert not list(notebook.shell.strdispatchers["complete_command"].flat_matches("%llm"))
+    with pytest.raises(UsageError, match="not found"):
+        notebook.shell.run_line_magic("llm", "status")
+    notebook.run("%load_ext llmkit")
     notebook.run("%llm status")
     assert server.url in notebook.out
 

@@ -62,7 +62,8 @@ class Name(NamedTuple):
 def names() -> Iterator[Name]:
     """Give every public name; of classes their methods and properties, too, also those of their bases in llmkit."""
     yield of("llmkit", llmkit, llmkit)
-    yield of("llmkit.magics.load_ipython_extension", magics.load_ipython_extension, magics)
+    for extension in (magics.load_ipython_extension, magics.unload_ipython_extension):
+        yield of(f"llmkit.magics.{extension.__name__}", extension, magics)
     classes = {getattr(llmkit.client, name) for name in llmkit.client.__all__}
     classes |= {results.Provenance, transfer.Imported, conversations.KeptConversations, llmkit.LLMKitError}
     for name in llmkit.__all__:
@@ -134,6 +135,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell
     main = sys.modules["__main__"]
     made = InteractiveShell.instance(ipython_dir=str(tmp_path_factory.mktemp("ipython")), config=options)
     yield made
+    made.extension_manager.unload_extension("llmkit")
     made.atexit_operations()
     atexit.unregister(made.atexit_operations)
     InteractiveShell.clear_instance()
