@@ -79,14 +79,19 @@ class Watcher:
     def subscribe(self, listener: Callable[[Watcher], None]) -> Callable[[], None]:
         """Call a function after every change, on this watcher's thread; gives a function that ends that.
 
+        What is known already is told at once, on yours.
+
         Examples
         --------
         >>> watcher = Watcher(client)
-        >>> end = watcher.subscribe(lambda watcher: print(watcher.state))
+        >>> states = []
+        >>> end = watcher.subscribe(lambda watcher: states.append(watcher.state))
         >>> end()
         >>> watcher.close()
         """
         self._listeners = [*self._listeners, listener]
+        if self.state != "connecting":
+            _call(listener, self)
 
         def unsubscribe() -> None:
             self._listeners = [one for one in self._listeners if one is not listener]
@@ -225,11 +230,15 @@ class Watcher:
         if self._closed.is_set():
             return
         for listener in self._listeners:
-            try:
-                listener(self)
-            except Exception:
-                # The thread serves all listeners; one that fails must not end it.
-                log.exception("a listener failed")
+            _call(listener, self)
+
+
+def _call(listener: Callable[[Watcher], None], watcher: Watcher) -> None:
+    try:
+        listener(watcher)
+    except Exception:
+        # The thread serves all listeners; one that fails must not end it.
+        log.exception("a listener failed")
 
 
 def _replace(models: list[Model], model_id: str, model: Model | None) -> list[Model]:
