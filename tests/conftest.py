@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from hypothesis import settings
 from support import FOREIGN_VARIABLES, IN_CI, MARKERS, JupyterServer, missing
+from traitlets.config import Config
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 pytest_plugins = ["pytest_jupyter.jupyter_server"]
 
@@ -78,3 +83,19 @@ def loaded_model(server: JupyterServer) -> LoadedModel:
     config_id = server.configure("demo")
     server.load(config_id)
     return LoadedModel("demo", config_id)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
+    """Give the shell that `get_ipython()` is, in a folder of its own; it is gone after the tests of a module."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    options = Config({"HistoryManager": {"enabled": False}})
+    main = sys.modules["__main__"]
+    made = InteractiveShell.instance(ipython_dir=str(tmp_path_factory.mktemp("ipython")), config=options)
+    yield made
+    made.extension_manager.unload_extension("llmkit")
+    made.atexit_operations()
+    atexit.unregister(made.atexit_operations)
+    InteractiveShell.clear_instance()
+    sys.modules["__main__"] = main  # the shell has put its own there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import re
 import signal
@@ -21,7 +20,6 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from mock_upstream import ANSWER, MockUpstream, chat_answer, event
 from support import JupyterServer, wait_until
-from traitlets.config import Config
 
 import llmkit
 from llmkit.client.stopping import Stopped
@@ -51,16 +49,9 @@ class Notebook:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
-    """Give the shell that `get_ipython()` is, in a folder of its own; it is gone after these tests."""
-    options = Config({"HistoryManager": {"enabled": False}})
-    made = InteractiveShell.instance(ipython_dir=str(tmp_path_factory.mktemp("ipython")), config=options)
-    made.run_line_magic("load_ext", "llmkit")
-    yield made
-    made.run_line_magic("unload_ext", "llmkit")
-    made.atexit_operations()
-    atexit.unregister(made.atexit_operations)
-    InteractiveShell.clear_instance()
+def shell(shell: InteractiveShell) -> InteractiveShell:
+    shell.run_line_magic("load_ext", "llmkit")
+    return shell
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ def _call(listener: Callable[[Watcher], None], watcher: Watcher) -> None:
     try:
         listener(watcher)
     except Exception:
-        # The thread serves all listeners; one that fails must not end it.
+        # A listener that fails must not end the thread that serves all of them.
         log.exception("a listener failed")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import atexit
 import builtins
 import contextlib
 import doctest
@@ -27,7 +26,6 @@ from fake_engine_type import PLUGIN
 from IPython.core.interactiveshell import InteractiveShell
 from mock_upstream import ANSWER, MockUpstream
 from support import JupyterServer
-from traitlets.config import Config
 
 import llmkit
 import llmkit.client
@@ -127,19 +125,6 @@ def documented(upstream: MockUpstream) -> Iterator[JupyterServer]:
     (made.folder / "config" / "jupyter_server_config.py").write_text(VLLM)
     with made as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
-    options = Config({"HistoryManager": {"enabled": False}})
-    main = sys.modules["__main__"]
-    made = InteractiveShell.instance(ipython_dir=str(tmp_path_factory.mktemp("ipython")), config=options)
-    yield made
-    made.extension_manager.unload_extension("llmkit")
-    made.atexit_operations()
-    atexit.unregister(made.atexit_operations)
-    InteractiveShell.clear_instance()
-    sys.modules["__main__"] = main  # the shell has put its own there
 
 
 @pytest.fixture
